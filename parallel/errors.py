@@ -1,0 +1,49 @@
+"""The errors a user can meet, each with the exit code the command ends with.
+
+Not here: failures inside PyTorch or NCCL; the launcher turns those into `RankLostError`.
+"""
+
+__all__ = [
+    "ConfigError",
+    "DoesNotFitError",
+    "IntegrityError",
+    "PreflightError",
+    "RankLostError",
+    "ShardlineError",
+]
+
+
+class ShardlineError(Exception):
+    """An error with one clear line for the user: what was given, what is allowed, what to change."""
+
+    exit_code = 1
+
+
+class ConfigError(ShardlineError, ValueError):
+    """Bad usage, configuration or request."""
+
+    exit_code = 2
+
+
+class PreflightError(ShardlineError):
+    """This host or container lacks something that the job needs."""
+
+    exit_code = 3
+
+
+class IntegrityError(ShardlineError, ValueError):
+    """A file is absent, truncated, corrupt or holds a tensor of the wrong shape."""
+
+    exit_code = 4
+
+
+class DoesNotFitError(ShardlineError):
+    """The model, its KV cache or its activations do not fit into the memory given."""
+
+    exit_code = 6
+
+
+class RankLostError(ShardlineError):
+    """A rank died, raised, or could not be reached."""
+
+    exit_code = 8
