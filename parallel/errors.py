@@ -44,6 +44,14 @@ class DoesNotFitError(ShardlineError):
 
 
 class RankLostError(ShardlineError):
-    """A rank died, raised, or could not be reached."""
+    """A rank died, raised, or could not be reached.
+
+    Attributes:
+        peer: this rank is well, it lost another one.
+    """
 
     exit_code = 8
+
+    def __init__(self, message: str, *, peer: bool = False) -> None:
+        super().__init__(message)
+        self.peer = peer

@@ -1,0 +1,131 @@
+"""A rank's view of the running job: where it is, its device, and the groups it talks in.
+
+Built once by `ParallelContext.open`, passed to whoever needs it, closed at the end. Starting the
+processes is `parallel.launch`.
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+
+from parallel.collectives import Group
+from parallel.errors import PreflightError
+from parallel.launch import RankEnv
+from parallel.topology import Coordinate, Topology
+
+
+@dataclass(frozen=True)
+class ParallelContext:
+    """One rank of an open job.
+
+    Attributes:
+        world: all ranks.
+        tp: the ranks of this rank's stage.
+    """
+
+    topology: Topology
+    rank: int
+    device: torch.device
+    world: Group
+    tp: Group
+
+    @classmethod
+    def open(
+        cls,
+        topology: Topology,
+        env: RankEnv,
+        *,
+        device_type: str,
+        backend: str = "auto",
+        init_timeout_s: float = 300,
+        collective_timeout_s: float = 30,
+    ) -> "ParallelContext":
+        """Join the other ranks; returns when all are there.
+
+        Args:
+            device_type: "cpu" or "cuda".
+            backend: "nccl", "gloo", or "auto": NCCL on GPUs and gloo on a CPU. Tensors on the CPU
+                always go through gloo.
+            init_timeout_s: how long to wait for the other ranks to appear.
+            collective_timeout_s: how long a collective may take before it is an error.
+
+        Raises:
+            ConfigError: the number of ranks is not the topology's.
+            PreflightError: a GPU that the topology names is not there.
+        """
+        topology.check_world_size(env.world_size)
+        device = _device(topology.devices[env.rank], device_type)
+        if topology.world_size == 1:
+            return cls(topology, 0, device, Group.alone(), Group.alone())
+        dist.init_process_group(
+            _backends(backend, device_type),
+            store=env.store(timedelta(seconds=init_timeout_s)),
+            rank=env.rank,
+            world_size=env.world_size,
+            timeout=timedelta(seconds=collective_timeout_s),
+        )
+        return cls.over_initialized(topology, env.rank, device)
+
+    @classmethod
+    def over_initialized(
+        cls, topology: Topology, rank: int, device: torch.device
+    ) -> "ParallelContext":
+        """Make the groups of `topology` within a process group that is already initialized.
+
+        The topology may have fewer ranks than the process group; the ranks beyond it must call
+        this, too, and get a context that no one may use.
+        """
+        everyone = range(topology.world_size)
+        world = _group(rank, list(everyone))
+        tp = Group.alone(rank)
+        for stage in range(topology.num_stages):
+            group = _group(rank, list(topology.ranks(stage)))
+            if rank in topology.ranks(stage):
+                tp = group
+        return cls(topology, rank, device, world, tp)
+
+    @property
+    def coordinate(self) -> Coordinate:
+        return self.topology.coordinate(self.rank)
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.coordinate.stage == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.coordinate.stage == self.topology.last_stage
+
+    def close(self) -> None:
+        """Leave the job in order."""
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _device(index: int, device_type: str) -> torch.device:
+    if device_type == "cpu":
+        return torch.device("cpu")
+    if index >= torch.cuda.device_count():
+        raise PreflightError(
+            f"device {index} is not there: {torch.cuda.device_count()} GPUs are visible; "
+            "change parallel.stages[].devices, use fewer ranks, or pass --device cpu"
+        )
+    device = torch.device("cuda", index)
+    torch.cuda.set_device(device)
+    return device
+
+
+def _backends(backend: str, device_type: str) -> str:
+    """The backend of each device type, as torch spells it."""
+    if device_type == "cpu":
+        return "gloo"
+    return f"cpu:gloo,cuda:{'nccl' if backend == 'auto' else backend}"
+
+
+def _group(rank: int, ranks: list[int]) -> Group:
+    """Every rank of the process group must call this, for every group, in the same order."""
+    process_group = dist.new_group(ranks) if len(ranks) > 1 else None
+    place = ranks.index(rank) if rank in ranks else 0
+    return Group(tuple(ranks), place, process_group if rank in ranks else None)

@@ -1,0 +1,140 @@
+"""`ShardPlan`: who holds what. The first of the four hinges that everything else hangs on.
+
+A plan is pure data. It is made without a GPU and from file headers alone (`parallel.planner`),
+printed and drawn by `shardline plan`, followed by every rank that loads weights or talks to
+another, and bound to a bundle by its digest. All sizes are bytes, all ranges are [start, stop).
+"""
+
+import hashlib
+import json
+import math
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from parallel.slicing import HeadShare, Range
+from parallel.topology import Topology
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+
+
+@dataclass(frozen=True)
+class Piece:
+    """A block of one tensor of the checkpoint; whole where `dim` is None."""
+
+    source: str
+    dim: int | None = None
+    range: Range = (0, 0)
+
+
+@dataclass(frozen=True)
+class LocalTensor:
+    """A parameter of one rank: its pieces one after the other along `dim`, zeros where they end
+    early.
+
+    Attributes:
+        name: in the stage module, with the model's global layer index.
+        shape: local, as the module holds it: (out, in) for a matrix.
+        dim: along which the pieces are laid; it is also the dim in which the rank's share is cut.
+        transposed: the pieces are stored (in, out) and are turned when read.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dim: int
+    pieces: tuple[Piece, ...]
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class RankPlan:
+    """What one rank holds.
+
+    Attributes:
+        heads: its attention heads, equal in every layer of its stage.
+        mlp: its columns of the MLP's intermediate size.
+        vocab: its rows of the vocabulary.
+        tensors: its parameters.
+        weight_bytes: of its parameters.
+        kv_bytes_per_token: keys and values of one token in all layers of its stage.
+        activation_bytes: an upper estimate of the buffers of one step; see `parallel.planner`.
+    """
+
+    rank: int
+    stage: int
+    tp_rank: int
+    device: int
+    heads: HeadShare
+    mlp: Range
+    vocab: Range
+    tensors: tuple[LocalTensor, ...]
+    weight_bytes: int
+    kv_bytes_per_token: int
+    activation_bytes: int
+
+
+@dataclass(frozen=True)
+class Carry:
+    """A tensor that crosses from a stage to the next; `shape` may name `num_tokens`."""
+
+    name: str
+    dtype: str
+    shape: tuple[int | str, ...]
+
+    @property
+    def bytes_per_token(self) -> int:
+        return math.prod(s for s in self.shape if isinstance(s, int)) * DTYPE_BYTES[self.dtype]
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """What one pipeline stage runs.
+
+    Attributes:
+        modules: checkpoint names of its units, in order.
+        layers: global indices of its decoder layers.
+        has_embedding, has_norm, has_head: whether those units are here.
+        padded_vocab: logits columns of each of its ranks.
+        carries: what it sends to the next stage; empty on the last one.
+        cost: bytes of weights that its ranks together read in one decoding step.
+    """
+
+    modules: tuple[str, ...]
+    layers: Range
+    has_embedding: bool
+    has_norm: bool
+    has_head: bool
+    padded_vocab: int
+    carries: tuple[Carry, ...]
+    cost: int
+
+
+@dataclass(frozen=True)
+class ShardPlan:
+    """The division of one model over the ranks of one job."""
+
+    architecture: str
+    dtype: str
+    max_model_len: int
+    max_num_batched_tokens: int
+    tp_sizes: tuple[int, ...]
+    devices: tuple[int, ...]
+    stages: tuple[StagePlan, ...]
+    ranks: tuple[RankPlan, ...]
+
+    @property
+    def topology(self) -> Topology:
+        return Topology(self.tp_sizes, self.devices)
+
+    @property
+    def pipeline_bubble(self) -> float:
+        """Share of the stages' time spent waiting while one batch at a time passes through them."""
+        return 1 - 1 / len(self.stages)
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types, ranges as two-element lists."""
+        return asdict(self)
+
+    def digest(self) -> str:
+        """sha256 of the plan's canonical JSON; equal plans have equal digests on every host."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()

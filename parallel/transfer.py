@@ -1,0 +1,62 @@
+"""Carries between pipeline stages: received into preallocated buffers, sent without waiting.
+
+On GPUs NCCL moves them on its own stream; `receive` and `send` only order it against the compute
+stream, the host does not wait. What crosses a boundary is listed in the plan
+(`parallel.plan.Carry`).
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+
+from parallel.context import ParallelContext
+from parallel.plan import ShardPlan
+
+
+class CarryTransfer:
+    """This rank's ends of the boundaries before and after its stage."""
+
+    def __init__(self, context: ParallelContext, plan: ShardPlan) -> None:
+        """Allocate a receive buffer of `max_num_batched_tokens` rows for every incoming carry."""
+        stage = context.coordinate.stage
+        self._source = context.topology.carry_source(context.rank)
+        self._targets = context.topology.carry_targets(context.rank)
+        self._group = context.world.process_group
+        incoming = plan.stages[stage - 1].carries if stage else ()
+        self._buffers = [
+            torch.empty(
+                [plan.max_num_batched_tokens if s == "num_tokens" else int(s) for s in carry.shape],
+                dtype=getattr(torch, carry.dtype),
+                device=context.device,
+            )
+            for carry in incoming
+        ]
+        self._in_flight: list[tuple[dist.Work, torch.Tensor]] = []
+
+    def receive(self, num_tokens: int) -> list[torch.Tensor]:
+        """The carries of one step, each (num_tokens, ...); valid until the next `receive`."""
+        views = [buffer[:num_tokens] for buffer in self._buffers]
+        pending = [dist.irecv(view, src=self._source, group=self._group) for view in views]
+        for work in pending:
+            if work is not None:
+                work.wait()
+        return views
+
+    def send(self, carries: Sequence[torch.Tensor]) -> None:
+        """Start sending one step's carries to the next stage; the tensors are kept alive until
+        they are gone.
+        """
+        self.drain()
+        for target in self._targets:
+            for carry in carries:
+                tensor = carry.contiguous()
+                work = dist.isend(tensor, dst=target, group=self._group)
+                if work is not None:
+                    self._in_flight.append((work, tensor))
+
+    def drain(self) -> None:
+        """Wait for what was sent."""
+        for work, _ in self._in_flight:
+            work.wait()
+        self._in_flight.clear()

@@ -1,0 +1,73 @@
+"""The command line: registers the commands, and turns what they raise into one line and an exit
+code.
+
+Commands import what is heavy inside their functions, so that `--help` answers at once.
+"""
+
+import os
+import sys
+import traceback
+
+import typer
+
+from parallel.errors import RankLostError, ShardlineError
+from parallel.launch import Failure, Interrupted, adopt, report
+from runner.cli.doctor import doctor
+from runner.cli.generate import generate
+from runner.cli.import_model import import_model
+from runner.cli.plan import plan
+
+app = typer.Typer(
+    name="shardline",
+    help="Cut a model by a YAML file into tensor- and pipeline-parallel shards; run it offline.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=False,
+)
+
+
+@app.callback()
+def _global_options(
+    debug: bool = typer.Option(False, "--debug", help="Print the traceback of an error."),
+) -> None:
+    if debug:
+        os.environ["SHARDLINE_DEBUG"] = "1"
+
+
+app.command("doctor")(doctor)
+app.command("import")(import_model)
+app.command("plan")(plan)
+app.command("generate")(generate)
+
+
+def main() -> None:
+    """Run the command; exits with the code of the design's table, never with a traceback."""
+    try:
+        app()
+    except ShardlineError as error:
+        _end(error, error.exit_code)
+    except Interrupted as interrupted:
+        _leave(interrupted.exit_code)
+    except KeyboardInterrupt:
+        _leave(130)
+
+
+def _end(error: ShardlineError, exit_code: int) -> None:
+    """Tell the launcher, or the user where there is none."""
+    if "SHARDLINE_DEBUG" in os.environ:
+        traceback.print_exc()
+    env = adopt()
+    if env and env.report_fd is not None:
+        peer = isinstance(error, RankLostError) and error.peer
+        report(env, Failure(str(error), exit_code, secondary=peer))
+    else:
+        rank = f"rank {env.rank}: " if env else ""
+        print(f"shardline: {rank}{error}", file=sys.stderr)
+    _leave(exit_code)
+
+
+def _leave(exit_code: int) -> None:
+    """Exit without waiting for communication threads, which may hang once a peer is gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(exit_code)

@@ -1,0 +1,138 @@
+"""The life of a rank: join the others, load, step until rank 0 says to leave."""
+
+from typing import Protocol
+
+import torch
+
+from parallel.collectives import broadcast_bytes, is_peer_lost
+from parallel.context import ParallelContext
+from parallel.errors import ConfigError, RankLostError, ShardlineError
+from parallel.launch import RankEnv
+from runner.engine.control import Control
+from runner.engine.engine import Engine
+from runner.engine.kv_capacity import agree_on_blocks
+from runner.engine.scheduler import BlockPool, Output, Scheduler
+from runner.engine.stage_runner import StageRunner
+from runner.planning import Job
+
+_COLLECTIVE_TIMEOUT_S = {"cuda": 30.0, "cpu": 600.0}
+"""A rank waits for the ranks before it, and a CPU may take minutes over a step."""
+
+
+class Front(Protocol):
+    """Rank 0's side of the clients: it knows text, clocks and who is waiting."""
+
+    def kv_blocks(self, block_size: int) -> int:
+        """How many KV blocks could be asked for at once."""
+        ...
+
+    def next(self) -> Control:
+        """What to tell all ranks before the next step."""
+        ...
+
+    def take(self, outputs: list[Output]) -> None:
+        """The tokens of a step."""
+        ...
+
+
+class _Phase:
+    """What a rank is doing, for the message if it fails."""
+
+    def __init__(self) -> None:
+        self.name = "starting"
+
+
+def run_rank(job: Job, env: RankEnv, front: Front | None) -> None:
+    """Run this process's rank to the end.
+
+    Args:
+        front: on rank 0 the source of requests; None elsewhere.
+
+    Raises:
+        ShardlineError: a cause that the user can mend.
+        RankLostError: anything else, with what the rank was doing.
+    """
+    phase = _Phase()
+    try:
+        _run(job, env, front, phase)
+    except ShardlineError:
+        raise
+    except Exception as error:
+        first_line = str(error).strip().partition("\n")[0]
+        message = f"{type(error).__name__} while {phase.name}: {first_line}"
+        raise RankLostError(message, peer=is_peer_lost(error)) from error
+
+
+def _run(job: Job, env: RankEnv, front: Front | None, phase: _Phase) -> None:
+    phase.name = "joining the other ranks"
+    context = _open_context(job, env)
+    phase.name = "comparing plans"
+    _check_same_plan(job, context)
+    phase.name = "loading weights"
+    stage_runner = StageRunner.load(job.spec, job.plan, context)
+    phase.name = "allocating the KV cache"
+    engine = make_engine(job, stage_runner, front)
+    phase.name = "generating"
+    loop(engine, front)
+    stage_runner.transfer.drain()
+    context.close()
+
+
+def loop(engine: Engine, front: Front | None) -> None:
+    """Step until rank 0 says to leave; every rank of the job runs this."""
+    while True:
+        message = front.next().encode() if front else None
+        control = Control.decode(broadcast_bytes(message, 0, engine.context.world))
+        if control.leave:
+            return
+        engine.admit(control)
+        if engine.has_work:
+            outputs = engine.step()
+            if front:
+                front.take(outputs)
+
+
+def _open_context(job: Job, env: RankEnv) -> ParallelContext:
+    wanted = job.config.parallel.device
+    device_type = wanted if wanted != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    distributed = job.config.distributed
+    timeout_s = distributed.collective_timeout_s or _COLLECTIVE_TIMEOUT_S[device_type]
+    return ParallelContext.open(
+        job.plan.topology,
+        env,
+        device_type=device_type,
+        backend=distributed.backend,
+        init_timeout_s=distributed.init_timeout_s,
+        collective_timeout_s=timeout_s,
+    )
+
+
+def _check_same_plan(job: Job, context: ParallelContext) -> None:
+    """Ranks that read different files would compute nonsense together."""
+    digest = job.plan.digest().encode()
+    if broadcast_bytes(digest, 0, context.world) != digest:
+        raise ConfigError(
+            f"rank {context.rank} made another plan than rank 0; give all ranks the same "
+            "configuration and the same model folder"
+        )
+
+
+def make_engine(job: Job, stage_runner: StageRunner, front: Front | None) -> Engine:
+    """Agree with the other ranks on the size of the KV cache, and put the engine together."""
+    config, context = job.config, stage_runner.context
+    block_size = config.kv_cache.block_size
+    num_blocks = agree_on_blocks(
+        front.kv_blocks(block_size) if front else 0,
+        context,
+        job.plan.ranks[context.rank],
+        block_size=block_size,
+        utilization=config.kv_cache.gpu_memory_utilization,
+    )
+    stage_runner.allocate(num_blocks, block_size)
+    scheduler = Scheduler(
+        BlockPool(num_blocks, block_size),
+        max_num_seqs=config.scheduler.max_num_seqs,
+        max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        rope_switch_length=job.spec.config.switch_length,
+    )
+    return Engine(scheduler, stage_runner, block_size)

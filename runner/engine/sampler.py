@@ -1,0 +1,74 @@
+"""Choose the next tokens from logits.
+
+Random numbers come from (seed, position) alone, so that a completion does not depend on the batch,
+the cut or the host. The order is that of transformers: repetition penalty, temperature, top-k,
+top-p, min-p.
+"""
+
+from collections.abc import Sequence as Seq
+
+import numpy as np
+import torch
+
+from runner.engine.request import SamplingParams
+from runner.engine.sequence import Sequence
+
+
+def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
+    """The next token of every sequence.
+
+    Args:
+        logits: (num_samples, vocab_size).
+
+    Returns:
+        (num_samples,) int64 on the device of `logits`.
+    """
+    params = [sequence.request.sampling for sequence in sequences]
+    logits = _penalize(logits.float(), sequences)
+    greedy = logits.argmax(-1)
+    random_rows = [row for row, p in enumerate(params) if p.temperature > 0]
+    if not random_rows:
+        return greedy
+    uniforms = [uniform(params[row].seed, len(sequences[row].token_ids)) for row in random_rows]
+    drawn = _draw(logits[random_rows], [params[row] for row in random_rows], uniforms)
+    return greedy.index_copy(0, torch.tensor(random_rows, device=logits.device), drawn)
+
+
+def uniform(seed: int, position: int) -> float:
+    """The random number in [0, 1) that belongs to a position of a sequence: Philox, keyed by the
+    seed.
+    """
+    return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
+
+
+def _penalize(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
+    """Make tokens that a sequence already holds less likely, where it asks for that."""
+    for row, sequence in enumerate(sequences):
+        penalty = sequence.request.sampling.repetition_penalty
+        if penalty != 1.0:
+            seen = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
+            kept = logits[row, seen]
+            logits[row, seen] = torch.where(kept < 0, kept * penalty, kept / penalty)
+    return logits
+
+
+def _draw(logits: torch.Tensor, params: Seq[SamplingParams], uniforms: Seq[float]) -> torch.Tensor:
+    """Invert the cumulative distribution of the tokens that are left, the likeliest first."""
+
+    def column(values: Seq[float]) -> torch.Tensor:
+        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+
+    scaled = logits.double() / column([p.temperature for p in params])
+    scaled, token_ids = scaled.sort(dim=-1, descending=True, stable=True)
+    place = torch.arange(logits.shape[-1], device=logits.device)
+    vocab_size = logits.shape[-1]
+    beyond_k = place >= column([p.top_k or vocab_size for p in params])
+    probabilities = scaled.masked_fill(beyond_k, -torch.inf).softmax(-1)
+    before = probabilities.cumsum(-1) - probabilities
+    dropped = before >= column([p.top_p for p in params])
+    dropped |= probabilities < column([p.min_p for p in params]) * probabilities[:, :1]
+    dropped[:, 0] = False
+    cumulative = probabilities.masked_fill(dropped, 0.0).cumsum(-1)
+    targets = column(uniforms) * cumulative[:, -1:]
+    chosen = torch.searchsorted(cumulative, targets, right=True).clamp_(max=vocab_size - 1)
+    return token_ids.gather(-1, chosen).squeeze(-1)

@@ -1,0 +1,142 @@
+"""Write a Hugging Face model folder: all of it or nothing, weights in files of a bounded size.
+
+Not here: where the weights come from.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from parallel.errors import ConfigError, PreflightError
+
+if TYPE_CHECKING:
+    import torch
+
+INDEX_NAME = "model.safetensors.index.json"
+
+
+def check_target(out: Path, *, source: Path, overwrite: bool) -> None:
+    """Raise ConfigError unless `out` may be written.
+
+    An existing folder may be if it is empty, or with `overwrite` if it is a model folder: then
+    all of it is replaced, so a folder without config.json, or one with `source` in it, is refused.
+    """
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise ConfigError(f"{out} is a file; name a folder that is empty or not there yet")
+    if out.is_mount():
+        raise ConfigError(f"{out} is a mount point, which cannot be replaced; name a folder in it")
+    if not any(out.iterdir()):
+        return
+    if not overwrite:
+        raise ConfigError(f"{out} is not empty; name another folder, or use --overwrite")
+    if not (out / "config.json").is_file():
+        raise ConfigError(f"{out} has no config.json, so --overwrite does not replace it")
+    if out.resolve() in source.resolve().parents:
+        raise ConfigError(f"{out} holds {source}, so --overwrite does not replace it")
+
+
+@contextmanager
+def staged_folder(out: Path, *, num_bytes: int) -> Iterator[Path]:
+    """A temporary folder beside `out` that becomes `out`, or goes away if the body raises.
+
+    Args:
+        num_bytes: what the body will write, at least.
+
+    Raises:
+        PreflightError: the disk has no room for it, or `out` cannot be made or written.
+    """
+    target = out.resolve()
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        _check_free_space(target.parent, num_bytes)
+        with tempfile.TemporaryDirectory(
+            prefix=f".{target.name}.partial-", dir=target.parent, ignore_cleanup_errors=True
+        ) as private:
+            # The temporary folder is private to this user; the one inside has the usual mode.
+            staging = Path(private) / "model"
+            staging.mkdir()
+            yield staging
+            if target.exists():
+                target.rename(Path(private) / "replaced")
+            staging.rename(target)
+    except OSError as error:
+        raise PreflightError(f"cannot write {out}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, contents: dict[str, Any]) -> None:
+    """Write `contents` as indented UTF-8 JSON with a final newline."""
+    path.write_text(json.dumps(contents, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def plan_files(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
+    """Weight names for each file, in order; a weight above `max_bytes` gets a file of its own.
+
+    >>> plan_files({"a": 3, "b": 3, "c": 9, "d": 1}, max_bytes=6)
+    [['a', 'b'], ['c'], ['d']]
+    """
+    files: list[list[str]] = []
+    room = 0
+    for name, size in sizes.items():
+        if not files or size > room:
+            files.append([])
+            room = max_bytes
+        files[-1].append(name)
+        room -= size
+    return files
+
+
+def write_weights(
+    folder: Path,
+    sizes: dict[str, int],
+    read: Callable[[str], torch.Tensor],
+    *,
+    max_bytes: int,
+) -> None:
+    """Write the weights as model.safetensors, or as numbered files with an index.
+
+    Holds the weights of one file at a time, and what `read` holds.
+
+    Args:
+        sizes: name -> bytes of the weight, in the order in which to write them.
+        read: gives the weight of a name, of just that size.
+    """
+    plan = plan_files(sizes, max_bytes)
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(plan, start=1):
+        filename = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
+        if len(plan) == 1:
+            filename = "model.safetensors"
+        _write_file(folder / filename, {name: read(name) for name in names})
+        weight_map |= dict.fromkeys(names, filename)
+    if len(plan) > 1:
+        total = {"total_size": sum(sizes.values())}
+        write_json(folder / INDEX_NAME, {"metadata": total, "weight_map": weight_map})
+
+
+def _check_free_space(folder: Path, num_bytes: int) -> None:
+    free = shutil.disk_usage(folder).free
+    if num_bytes > free:
+        raise PreflightError(
+            f"the weights take {num_bytes / 1e9:.1f} GB and the disk of {folder} has "
+            f"{free / 1e9:.1f} GB free; make room or name a folder on another disk"
+        )
+
+
+def _write_file(path: Path, weights: dict[str, torch.Tensor]) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(weights, path, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise PreflightError(f"cannot write {path}: {error}") from error
+    # save_file makes the file private to this user; give it the mode that any other would have.
+    path.chmod(path.parent.stat().st_mode & 0o666)

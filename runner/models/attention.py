@@ -1,0 +1,100 @@
+"""Attention over a paged KV cache: the one interface that decoder layers call.
+
+`GatherAttention` gathers each sequence's keys and values and runs torch's SDPA on them; it is
+exact, runs everywhere, and treats every sequence by itself, so that a result does not depend on
+the batch.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+
+from parallel.slicing import HeadShare
+from runner.models.batch import Batch
+
+
+class Attention(Protocol):
+    """Writes a step's keys and values into a layer's cache and attends to what is there."""
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: torch.Tensor,
+        batch: Batch,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        """Causal attention of one layer.
+
+        Args:
+            q: (num_tokens, num_query, head_dim).
+            k, v: (num_tokens, num_kv, head_dim).
+            cache: (2, num_blocks, block_size, num_kv, head_dim), keys first; written in place.
+            scale: factor on the scores.
+            window: how many tokens a token sees, itself included; None: all before it.
+
+        Returns:
+            (num_tokens, num_query * head_dim).
+        """
+        ...
+
+
+class GatherAttention:
+    """SDPA on keys and values gathered through the block table, one sequence at a time."""
+
+    def __init__(self, heads: HeadShare, device: torch.device) -> None:
+        self._query_to_kv = torch.tensor(heads.query_to_kv, device=device)
+        self._is_grouped = heads.query_to_kv != tuple(range(heads.num_kv))
+
+    def __call__(
+        self,
+        q: torch.Tensor,
+        k: torch.Tensor,
+        v: torch.Tensor,
+        cache: torch.Tensor,
+        batch: Batch,
+        *,
+        scale: float,
+        window: int | None,
+    ) -> torch.Tensor:
+        rows = cache.flatten(1, 2)
+        rows[0].index_copy_(0, batch.slots, k)
+        rows[1].index_copy_(0, batch.slots, v)
+        block_size = cache.shape[2]
+        outputs = []
+        for queries, table, kv_len in zip(
+            torch.split(q, list(batch.query_lens)), batch.block_tables, batch.kv_lens, strict=True
+        ):
+            blocks = cache[:, table[: -(-kv_len // block_size)]]
+            outputs.append(self._sequence(queries, blocks, kv_len, scale, window))
+        return torch.cat(outputs).flatten(1)
+
+    def _sequence(
+        self, q: torch.Tensor, blocks: torch.Tensor, kv_len: int, scale: float, window: int | None
+    ) -> torch.Tensor:
+        """q: (query_len, num_query, head_dim); blocks: (2, num_blocks, block_size, num_kv,
+        head_dim).
+        """
+        k, v = blocks.flatten(1, 2)[:, :kv_len].unbind()
+        if self._is_grouped:
+            k, v = k[:, self._query_to_kv], v[:, self._query_to_kv]
+        mask = causal_mask(len(q), kv_len, window, q.device)
+        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
+        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+        return output.squeeze(0).transpose(0, 1)
+
+
+def causal_mask(
+    query_len: int, kv_len: int, window: int | None, device: torch.device
+) -> torch.Tensor | None:
+    """(query_len, kv_len) bool, true where the last `query_len` tokens may look; None: everywhere."""
+    if query_len == 1 and (window is None or kv_len <= window):
+        return None
+    query = torch.arange(kv_len - query_len, kv_len, device=device)[:, None]
+    key = torch.arange(kv_len, device=device)[None]
+    mask = key <= query
+    return mask if window is None else mask & (key > query - window)

@@ -1,0 +1,71 @@
+"""The listing of effective values, for people and for programs."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from runner.config.load import load
+from runner.config.schema import RunnerConfig
+from runner.config.settings import Flag
+from runner.config.show import as_json, show
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("m").mkdir()
+
+
+def plan(text: str) -> Path:
+    path = Path("plan.yaml")
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+TEXT = """\
+version: 1
+model: {path: m}
+parallel:
+  stages:
+    - {modules: ["a.{0..1}", b], devices: [3]}
+"""
+
+
+def test_each_value_stands_in_one_aligned_line_with_its_origin() -> None:
+    flags = {"scheduler.max_num_seqs": Flag("--max-num-seqs", 4)}
+    loaded = load(plan(TEXT), flags=flags, overrides=["kv_cache.block_size=32"])
+    assert show(loaded).splitlines() == [
+        "version                                 1                  plan.yaml:1:10",
+        "model.path                              m                  plan.yaml:2:15",
+        "model.format                            auto               default",
+        "model.dtype                             auto               default",
+        "model.max_model_len                     null               default",
+        "parallel.tensor_parallel_size           1                  default",
+        "parallel.pipeline_parallel_size         1                  parallel.stages",
+        'parallel.stages.0.modules               ["a.{0..1}", "b"]  plan.yaml:5:17',
+        "parallel.stages.0.tensor_parallel_size  null               default",
+        "parallel.stages.0.devices               [3]                plan.yaml:5:43",
+        "parallel.device                         auto               default",
+        "scheduler.max_num_seqs                  4                  --max-num-seqs",
+        "scheduler.max_num_batched_tokens        8192               default",
+        "kv_cache.gpu_memory_utilization         0.9                default",
+        "kv_cache.block_size                     32                 --set",
+        "distributed.backend                     auto               default",
+        "distributed.init_timeout_s              300.0              default",
+        "distributed.collective_timeout_s        30.0               default",
+    ]
+
+
+def test_text_that_yaml_would_take_for_something_else_is_quoted() -> None:
+    for name in ("null", "12", "a b", "a: b"):
+        Path(name).mkdir()
+        loaded = load(None, flags={"model.path": Flag("MODEL", name)})
+        assert f'"{name}"' in show(loaded).splitlines()[1]
+
+
+def test_json_holds_a_config_that_validates_again() -> None:
+    loaded = load(plan(TEXT))
+    document = json.loads(json.dumps(as_json(loaded)))
+    assert RunnerConfig.model_validate(document["config"]) == loaded.config
+    assert document["origins"]["model.path"] == "plan.yaml:2:15"

@@ -1,0 +1,99 @@
+"""What tests run on the ranks of a `RankPool`: each function gets a context and plain arguments."""
+
+from typing import Any
+
+import torch
+
+from parallel.context import ParallelContext
+from runner.config.load import load
+from runner.engine.batching import make_batch
+from runner.engine.completion import make_requests
+from runner.engine.control import Control
+from runner.engine.rank import loop, make_engine
+from runner.engine.request import Request, SamplingParams
+from runner.engine.scheduler import Output
+from runner.engine.stage_runner import StageRunner
+from runner.planning import Job
+
+
+def prepare(model: str, tp_sizes: list[int], settings: dict[str, Any]) -> Job:
+    """A job in float32 with one stage for each of `tp_sizes`; `settings` as for `--set`."""
+    overrides = [f"{key}={value}" for key, value in settings.items()]
+    stages = ", ".join(f"{{tensor_parallel_size: {size}}}" for size in tp_sizes)
+    keys = [f"model.path={model}", "model.dtype=float32", "parallel.device=cpu"]
+    if "parallel.stages" not in settings:
+        keys.append(f"parallel.stages=[{stages}]")
+    return Job.prepare(load(None, overrides=[*keys, *overrides]).config)
+
+
+class ListFront:
+    """A front that sends requests and keeps their token ids."""
+
+    def __init__(self, requests: list[Request]) -> None:
+        self.token_ids: dict[int, list[int]] = {r.request_id: [] for r in requests}
+        self._unsent = requests
+        self._open = set(self.token_ids)
+
+    def kv_blocks(self, block_size: int) -> int:
+        return sum(-(-r.max_length // block_size) for r in self._unsent)
+
+    def next(self) -> Control:
+        control = Control(self._unsent, leave=not self._open)
+        self._unsent = []
+        return control
+
+    def take(self, outputs: list[Output]) -> None:
+        for output in outputs:
+            self.token_ids[output.request_id].append(output.token_id)
+            if output.finish_reason:
+                self._open.remove(output.request_id)
+
+
+def complete(
+    context: ParallelContext,
+    model: str,
+    prompts: list[list[int]],
+    num_tokens: int,
+    sampling: dict[str, Any],
+    settings: dict[str, Any],
+) -> list[list[int]] | None:
+    """Token ids that follow each prompt; known on rank 0."""
+    job = prepare(model, list(context.topology.tp_sizes), settings)
+    stage_runner = StageRunner.load(job.spec, job.plan, context)
+    front = None
+    if context.rank == 0:
+        requests = make_requests(
+            prompts,
+            max_model_len=job.plan.max_model_len,
+            max_tokens=num_tokens,
+            sampling=SamplingParams(**sampling),
+            stop_token_ids=frozenset(),
+        )
+        front = ListFront(requests)
+    loop(make_engine(job, stage_runner, front), front)
+    return list(front.token_ids.values()) if front else None
+
+
+def logits(
+    context: ParallelContext, model: str, prompts: list[list[int]], settings: dict[str, Any]
+) -> list[torch.Tensor] | None:
+    """(len(prompt), vocab_size) of each prompt, all in one batch; known on the last stage."""
+    job = prepare(model, list(context.topology.tp_sizes), settings)
+    stage_runner = StageRunner.load(job.spec, job.plan, context)
+    front = ListFront(
+        make_requests(
+            prompts,
+            max_model_len=job.plan.max_model_len,
+            max_tokens=1,
+            sampling=SamplingParams(),
+            stop_token_ids=frozenset(),
+        )
+    )
+    engine = make_engine(job, stage_runner, front if context.rank == 0 else None)
+    engine.admit(front.next())
+    scheduled = engine.scheduler.schedule()
+    batch = make_batch(scheduled, engine.block_size, context.device)
+    everywhere = torch.arange(batch.num_tokens)
+    output = stage_runner.run(type(batch)(**vars(batch) | {"logits_rows": everywhere}))
+    stage_runner.transfer.drain()
+    return None if output is None else list(output.split([len(p) for p in prompts]))

@@ -1,0 +1,98 @@
+"""A pool of gloo ranks that lives as long as the test session.
+
+Starting a rank takes seconds (it imports torch), so tests send jobs to ranks that are there
+already. A job is a function of `rank_jobs`; it runs on the first `topology.world_size` ranks. A
+job that fails leaves its peers waiting for one another, so the pool starts anew after it.
+"""
+
+import multiprocessing
+import time
+import traceback
+from collections.abc import Callable
+from multiprocessing.connection import Connection, wait
+from pathlib import Path
+from typing import Any
+
+from parallel.topology import Topology
+
+JOB_TIMEOUT_S = 100
+
+
+class RankPool:
+    """Ranks that wait for jobs."""
+
+    def __init__(self, size: int, folder: Path) -> None:
+        self.size = size
+        self._folder = folder
+        self._starts = 0
+        self._pipes: list[Connection] = []
+        self._processes: list[Any] = []
+
+    def run(self, job: Callable[..., Any], tp_sizes: list[int], *args: Any) -> list[Any]:
+        """`job(context, *args)` on every rank of a topology; the results in rank order."""
+        topology = Topology.of(tp_sizes)
+        assert topology.world_size <= self.size
+        if not self._processes:
+            self._start()
+        for pipe in self._pipes:
+            pipe.send((job, topology, args))
+        try:
+            return self._replies()[: topology.world_size]
+        except Exception:
+            self.close()
+            raise
+
+    def _start(self) -> None:
+        spawn = multiprocessing.get_context("spawn")
+        store = str(self._folder / f"store{self._starts}")
+        self._starts += 1
+        for rank in range(self.size):
+            ours, theirs = spawn.Pipe()
+            process = spawn.Process(target=_serve, args=(rank, self.size, store, theirs))
+            process.daemon = True
+            process.start()
+            self._pipes.append(ours)
+            self._processes.append(process)
+
+    def _replies(self) -> list[Any]:
+        replies: dict[int, Any] = {}
+        deadline = time.monotonic() + JOB_TIMEOUT_S
+        while len(replies) < self.size:
+            open_pipes = [p for rank, p in enumerate(self._pipes) if rank not in replies]
+            ready = wait(open_pipes, timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                missing = [rank for rank in range(self.size) if rank not in replies]
+                raise TimeoutError(f"ranks {missing} did not finish within {JOB_TIMEOUT_S} s")
+            for rank, pipe in enumerate(self._pipes):
+                if pipe in ready:
+                    ok, replies[rank] = pipe.recv()
+                    if not ok:
+                        raise RuntimeError(replies[rank])
+        return [replies[rank] for rank in range(self.size)]
+
+    def close(self) -> None:
+        for process in self._processes:
+            process.kill()
+            process.join()
+        self._processes, self._pipes = [], []
+
+
+def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+    import torch
+    import torch.distributed as dist
+
+    from parallel.context import ParallelContext
+
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    contexts: dict[Topology, ParallelContext] = {}
+    while True:
+        job, topology, args = pipe.recv()
+        if topology not in contexts:
+            device = torch.device("cpu")
+            contexts[topology] = ParallelContext.over_initialized(topology, rank, device)
+        try:
+            result = job(contexts[topology], *args) if rank < topology.world_size else None
+            pipe.send((True, result))
+        except Exception:
+            pipe.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
