@@ -7,8 +7,9 @@ in which reading the weights takes nearly all the time; attention is not in it, 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-from parallel.fit import Budget, Fit, fit
+from parallel.fit import Budget, Fit, fit_of
 from parallel.layout import ModelLayout
 from parallel.plan import DTYPE_BYTES, RankPlan, ShardPlan, StagePlan
 
@@ -65,6 +66,18 @@ class Candidate:
         """Of the rank that holds the most weights."""
         return max(rank.weight_bytes for rank in self.plan.ranks)
 
+    def to_dict(self) -> dict[str, Any]:
+        """Plain JSON types; the plan itself is left out."""
+        return {
+            "tensor_parallel_size": self.tp_size,
+            "pipeline_parallel_size": self.pp_size,
+            "num_ranks": self.num_ranks,
+            "weight_bytes": self.weight_bytes,
+            "kv_tokens": self.fit.kv_tokens,
+            "fits": self.fit.fits,
+            "step_s": self.step_s,
+        }
+
 
 def sizes(layout: ModelLayout, num_gpus: int) -> list[tuple[int, int]]:
     """Every (tensor-parallel, pipeline-parallel) size that the model allows on up to `num_gpus`.
@@ -81,7 +94,7 @@ def sizes(layout: ModelLayout, num_gpus: int) -> list[tuple[int, int]]:
 
 def assess(plan: ShardPlan, budget: Budget, speed: GpuSpeed = H200) -> Candidate:
     """Judge and time a plan."""
-    return Candidate(fit(plan, budget), step_s(plan, speed))
+    return Candidate(fit_of(plan, budget), step_s(plan, speed))
 
 
 def step_s(plan: ShardPlan, speed: GpuSpeed) -> float:

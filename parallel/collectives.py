@@ -9,6 +9,12 @@ from dataclasses import dataclass
 import torch
 import torch.distributed as dist
 
+from parallel.errors import RankLostError, StalledError
+
+_LATE = ("Timed out waiting", "Watchdog caught collective operation timeout", "wait timeout after")
+_GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "Connection refused")
+"""How gloo, NCCL and the store word it that another rank is late, or gone."""
+
 
 @dataclass(frozen=True)
 class Group:
@@ -85,12 +91,18 @@ def minimum(value: int, group: Group) -> int:
     return int(agreed.item())
 
 
-def is_peer_lost(error: BaseException) -> bool:
-    """Whether an error says that another rank is gone or late, rather than that this one is wrong."""
-    if isinstance(error, dist.DistError):
-        return True
-    signs = ("Connection closed by peer", "Connection reset", "Broken pipe", "Timed out waiting")
-    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in signs)
+def as_rank_error(error: Exception, doing: str) -> RankLostError:
+    """What an exception in the middle of a job says about the ranks.
+
+    Args:
+        doing: what this rank was doing, such as "loading weights".
+    """
+    first_line = str(error).strip().partition("\n")[0]
+    message = f"{type(error).__name__} while {doing}: {first_line}"
+    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LATE):
+        return StalledError(message)
+    gone = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _GONE)
+    return RankLostError(message, peer=gone or isinstance(error, dist.DistError))
 
 
 def _wait(x: torch.Tensor) -> torch.Tensor:

@@ -10,6 +10,7 @@ __all__ = [
     "PreflightError",
     "RankLostError",
     "ShardlineError",
+    "StalledError",
 ]
 
 
@@ -55,3 +56,12 @@ class RankLostError(ShardlineError):
     def __init__(self, message: str, *, peer: bool = False) -> None:
         super().__init__(message)
         self.peer = peer
+
+
+class StalledError(RankLostError):
+    """A rank did not answer in time; this one is well."""
+
+    exit_code = 9
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message, peer=True)

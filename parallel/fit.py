@@ -103,9 +103,7 @@ class Fit:
         }
 
     def shortage(self) -> str:
-        """One line on a plan that does not fit: the fullest rank, what it needs, what there is, what
-        to change.
-        """
+        """One line on a plan that does not fit: the fullest rank, its need, and what to change."""
         plan, budget, fullest = self.plan, self.budget, self.fullest
         rank = plan.ranks[fullest.rank]
         kv_bytes = fullest.needed_bytes - rank.weight_bytes - rank.activation_bytes
@@ -121,7 +119,7 @@ class Fit:
         )
 
 
-def fit(plan: ShardPlan, budget: Budget) -> Fit:
+def fit_of(plan: ShardPlan, budget: Budget) -> Fit:
     """Judge every rank of a plan."""
     return Fit(plan, budget, tuple(_fit_rank(rank, plan, budget) for rank in plan.ranks))
 

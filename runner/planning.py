@@ -7,6 +7,7 @@ any rank is started.
 from dataclasses import dataclass
 from pathlib import Path
 
+from parallel.fit import Budget
 from parallel.plan import ShardPlan
 from parallel.planner import Limits, make_plan
 from parallel.topology import Topology
@@ -65,3 +66,15 @@ def plan_of(config: RunnerConfig, spec: ModelSpec) -> ShardPlan:
         limits=limits,
         stages=patterns or None,
     )
+
+
+def with_sizes(config: RunnerConfig, *, tp_size: int, pp_size: int) -> RunnerConfig:
+    """The configuration with these sizes, for equal stages that are cut by cost."""
+    sizes = {"tensor_parallel_size": tp_size, "pipeline_parallel_size": pp_size, "stages": None}
+    return config.model_copy(update={"parallel": config.parallel.model_copy(update=sizes)})
+
+
+def budget_of(config: RunnerConfig, memory_bytes: int) -> Budget:
+    """What a GPU of this memory offers to a job."""
+    kv_cache = config.kv_cache
+    return Budget(memory_bytes, kv_cache.gpu_memory_utilization, kv_cache.block_size)

@@ -4,9 +4,9 @@ from typing import Protocol
 
 import torch
 
-from parallel.collectives import broadcast_bytes, is_peer_lost
+from parallel.collectives import as_rank_error, broadcast_bytes
 from parallel.context import ParallelContext
-from parallel.errors import ConfigError, RankLostError, ShardlineError
+from parallel.errors import ConfigError, ShardlineError
 from parallel.launch import RankEnv
 from runner.engine.control import Control
 from runner.engine.engine import Engine
@@ -58,9 +58,7 @@ def run_rank(job: Job, env: RankEnv, front: Front | None) -> None:
     except ShardlineError:
         raise
     except Exception as error:
-        first_line = str(error).strip().partition("\n")[0]
-        message = f"{type(error).__name__} while {phase.name}: {first_line}"
-        raise RankLostError(message, peer=is_peer_lost(error)) from error
+        raise as_rank_error(error, phase.name) from error
 
 
 def _run(job: Job, env: RankEnv, front: Front | None, phase: _Phase) -> None:

@@ -77,7 +77,7 @@ def merges_by_score(vocabulary: Vocabulary) -> list[tuple[str, str]]:
         for token, kind in zip(vocabulary.tokens, vocabulary.types, strict=True)
         if kind == TokenType.NORMAL
     }
-    by_score = sorted(range(len(vocabulary.tokens)), key=lambda index: vocabulary.scores[index])
+    by_score = sorted(range(len(vocabulary.tokens)), key=lambda index: -vocabulary.scores[index])
     tokens = (vocabulary.tokens[index] for index in by_score)
     return [
         (token[:cut], token[cut:])

@@ -93,14 +93,51 @@ def tensors_of(model: torch.nn.Module) -> dict[str, np.ndarray]:
     return tensors
 
 
+LETTERS = [chr(ord("a") + i) for i in range(26)]
+TOKENS = ["<s>", "</s>", *LETTERS, "ab", "abc", "<|eot|>", "cd"]
+TYPES = [3, 3, *[1] * 28, 3, 1]
+
+
+def add_letters(
+    writer: "gguf.GGUFWriter",
+    *,
+    kind: str = "gpt2",
+    tokens: list[str] = TOKENS,
+    merges: tuple[str, ...] = ("a b", "ab c", "c d"),
+) -> None:
+    """A tokenizer of letters, as many tokens as the tiny model's embedding has rows."""
+    writer.add_tokenizer_model(kind)
+    writer.add_tokenizer_pre("smollm")
+    writer.add_token_list(tokens)
+    writer.add_token_types(TYPES)
+    writer.add_token_merges(merges)
+    writer.add_bos_token_id(0)
+    writer.add_eos_token_id(1)
+
+
+def add_sentencepiece(writer: "gguf.GGUFWriter") -> None:
+    """The letters a to w, the two bytes of é, and merges in the order of their scores."""
+    tokens = ["<unk>", "<s>", "</s>", "<0xC3>", "<0xA9>", "\N{LOWER ONE EIGHTH BLOCK}"]
+    tokens += [*LETTERS[:23], "ab", "bc", "abc"]
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list(tokens)
+    writer.add_token_types([2, 3, 3, 6, 6, *[1] * 27])
+    writer.add_token_scores([0.0] * 29 + [-2.0, -1.0, -3.0])
+    writer.add_bos_token_id(1)
+    writer.add_eos_token_id(2)
+    writer.add_unk_token_id(0)
+
+
 def write_gguf(
     path: Path,
     tensors: dict[str, np.ndarray],
     *,
     architecture: str = "llama",
+    tokenizer: Callable[["gguf.GGUFWriter"], None] = add_letters,
     extend: Callable[["gguf.GGUFWriter"], None] = lambda _: None,
 ) -> Path:
-    """Write a GGUF of the tiny model's sizes with a tokenizer of letters."""
+    """Write a GGUF of the tiny model's sizes."""
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(2)
     writer.add_context_length(128)
@@ -111,14 +148,7 @@ def write_gguf(
     writer.add_rope_freq_base(20000.0)
     writer.add_rope_dimension_count(HEAD_DIM)
     writer.add_layer_norm_rms_eps(1e-6)
-    writer.add_tokenizer_model("gpt2")
-    writer.add_tokenizer_pre("smollm")
-    letters = [chr(ord("a") + i) for i in range(26)]
-    writer.add_token_list(["<s>", "</s>", *letters, "ab", "abc", "<|eot|>", "cd"])
-    writer.add_token_types([3, 3, *[1] * 28, 3, 1][:VOCAB])
-    writer.add_token_merges(["a b", "ab c", "c d"])
-    writer.add_bos_token_id(0)
-    writer.add_eos_token_id(1)
+    tokenizer(writer)
     extend(writer)
     for name, values in tensors.items():
         writer.add_tensor(name, values)
@@ -259,14 +289,21 @@ def test_every_token_that_ends_a_turn_is_an_eos(tmp_path):
     assert generation_config(GgufFile(path)) == {"bos_token_id": 0, "eos_token_id": [1, 30]}
 
 
-def refuse_yarn(writer):
+def add_yarn(writer):
     writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+
+
+def add_linear_rope_and_a_table(writer):
+    writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+    writer.add_rope_scaling_factor(4.0)
+    writer.add_tensor("rope_freqs.weight", np.array([1, 1, 2, 9], np.float32))
 
 
 @pytest.mark.parametrize(
     ("extend", "message"),
     [
-        (refuse_yarn, "RoPE scaling 'yarn'"),
+        (add_yarn, "RoPE scaling 'yarn'"),
+        (add_linear_rope_and_a_table, r"both rope_freqs\.weight and linear RoPE"),
         (lambda w: w.add_expert_count(8), r"llama\.expert_count is 8"),
         (lambda w: w.add_key_length(16), "all three equal"),
         (lambda w: w.add_uint16("split.count", 3), "llama-gguf-split --merge"),
@@ -277,7 +314,16 @@ def refuse_yarn(writer):
         ),
         (lambda w: w.add_tensor("blk.0.attn_q.bias", np.ones(48, np.float32)), "or on none"),
     ],
-    ids=["yarn", "experts", "head dim", "split", "extra tensor", "rope table", "one bias"],
+    ids=[
+        "yarn",
+        "two scalings",
+        "experts",
+        "head dim",
+        "split",
+        "extra tensor",
+        "rope table",
+        "one bias",
+    ],
 )
 def test_variants_that_llama_cannot_express_are_refused(tmp_path, extend, message):
     path = write_gguf(tmp_path / "tiny.gguf", tensors_of(tiny_llama()), extend=extend)
@@ -309,6 +355,43 @@ def test_contradictions_are_integrity_errors(tmp_path, name, values, message):
     with pytest.raises(IntegrityError, match=message):
         import_gguf(path, tmp_path / "out")
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.gguf"]
+
+
+@pytest.mark.parametrize(
+    ("tokenizer", "error", "message"),
+    [
+        (lambda w: add_letters(w, kind="t5"), ConfigError, "'t5'; supported are 'gpt2'.*'llama'"),
+        (
+            lambda w: add_letters(w, tokens=[*TOKENS[:-1], "ab"]),
+            IntegrityError,
+            "ids 28 and 31 are both the token 'ab'",
+        ),
+        (lambda w: add_letters(w, merges=("a z",)), IntegrityError, "merge 'a z'"),
+        (lambda w: add_letters(w, merges=("ab",)), IntegrityError, "merge 'ab'"),
+        (
+            lambda w: add_letters(w, kind="llama"),
+            IntegrityError,
+            "scores has 0 entries; the embedding has 32 rows",
+        ),
+    ],
+    ids=["kind", "duplicate", "unknown merge", "half a merge", "no scores"],
+)
+def test_tokenizers_that_cannot_be_right_are_refused(tmp_path, tokenizer, error, message):
+    path = write_gguf(tmp_path / "tiny.gguf", tensors_of(tiny_llama()), tokenizer=tokenizer)
+    with pytest.raises(error, match=message):
+        import_gguf(path, tmp_path / "out")
+
+
+def test_sentencepiece_folder_loads_in_transformers(tmp_path):
+    path = write_gguf(tmp_path / "tiny.gguf", tensors_of(tiny_llama()), tokenizer=add_sentencepiece)
+    import_gguf(path, tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    pieces = ["\u2581", "ab", "d", "\u2581", "abc", "\u2581", "<0xC3>", "<0xA9>"]
+    assert tokenizer.tokenize("abd abc \u00e9") == pieces
+    ids = tokenizer("abd abc \u00e9").input_ids
+    assert ids[0] == tokenizer.bos_token_id == 1
+    assert tokenizer.decode(ids, skip_special_tokens=True) == "abd abc \u00e9"
+    assert (tokenizer.unk_token, tokenizer.eos_token) == ("<unk>", "</s>")
 
 
 def test_values_too_large_for_float16_are_refused(tmp_path):

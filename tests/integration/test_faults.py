@@ -1,0 +1,118 @@
+"""Ranks that die, stall or are interrupted in mid-generation: the job ends at once and says why."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from checkpoints import add_tokenizer, make_checkpoint
+from processes import processes_naming, rank_pid, run_command, start_command, wait_until_gone
+
+pytestmark = pytest.mark.dist
+
+EXIT_WITHIN_S = 5.0
+TORCHRUN = [
+    sys.executable,
+    "-m",
+    "torch.distributed.run",
+    "--nproc-per-node",
+    "2",
+    "--master-port",
+    "0",
+    "-m",
+    "runner",
+]
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model that can generate for minutes."""
+    folder = tmp_path_factory.mktemp("endless")
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    make_checkpoint(
+        "llama",
+        folder,
+        vocab_size=300,
+        max_position_embeddings=200_000,
+        rope_parameters=plain,
+        eos_token_id=None,
+    )
+    return add_tokenizer(folder)
+
+
+def generating(model: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A job of two ranks whose first text is out."""
+    common = ["generate", "--prompt", "Hello", "--device", "cpu", "-tp", "2"]
+    job = start_command(*common, "--model", str(model), *arguments)
+    assert job.stdout is not None
+    assert job.stdout.read(1)
+    return job
+
+
+def ends(job: subprocess.Popen[str], model: Path) -> tuple[int, str]:
+    """Exit code and last line of standard error, once the job and all its ranks are gone."""
+    started = time.monotonic()
+    _, errors = job.communicate(timeout=EXIT_WITHIN_S)
+    left = wait_until_gone(str(model), timeout_s=EXIT_WITHIN_S - (time.monotonic() - started))
+    assert left == []
+    return job.returncode, errors.splitlines()[-1]
+
+
+def test_killed_rank_is_named(model: Path) -> None:
+    job = generating(model)
+    os.kill(rank_pid(str(model), 1), signal.SIGKILL)
+    assert ends(job, model) == (8, "shardline: rank 1 (stage 0, tp rank 1): killed by SIGKILL")
+
+
+def test_stalled_rank_is_named(model: Path) -> None:
+    job = generating(model, "--set", "distributed.collective_timeout_s=2")
+    os.kill(rank_pid(str(model), 1), signal.SIGSTOP)
+    exit_code, line = ends(job, model)
+    assert exit_code == 9
+    assert line.startswith("shardline: rank 0 (stage 0, tp rank 0):")
+    assert "no sign of life from rank 1 (stage 0, tp rank 1)" in line
+
+
+@pytest.mark.parametrize(("signum", "exit_code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_signal_ends_all_ranks(model: Path, signum: signal.Signals, exit_code: int) -> None:
+    job = generating(model)
+    job.send_signal(signum)
+    assert ends(job, model)[0] == exit_code
+
+
+def test_single_rank_obeys_interrupt(model: Path) -> None:
+    job = generating(model, "-tp", "1")
+    job.send_signal(signal.SIGINT)
+    assert ends(job, model)[0] == 130
+
+
+def test_ranks_die_with_their_launcher(model: Path) -> None:
+    job = generating(model)
+    assert len(processes_naming(str(model))) == 3
+    job.kill()
+    job.communicate()
+    assert wait_until_gone(str(model), timeout_s=EXIT_WITHIN_S) == []
+
+
+def test_torchrun_joins_and_agrees(model: Path) -> None:
+    arguments = [
+        *("generate", "--prompt", "Hello", "--device", "cpu", "--json"),
+        *("-tp", "2", "--model", str(model), "--max-tokens", "12"),
+    ]
+    own = run_command(*arguments)
+    assert own.returncode == 0, own.stderr
+    joined = run_command(*arguments, launcher=TORCHRUN)
+    assert joined.returncode == 0, joined.stderr
+    assert joined.stdout == own.stdout
+
+
+def test_torchrun_with_another_world_size_is_refused(model: Path) -> None:
+    arguments = ["generate", "--prompt", "Hello", "--device", "cpu", "--model", str(model)]
+    done = run_command(*arguments, "-tp", "3", launcher=TORCHRUN)
+    assert done.returncode != 0
+    line = "world size 2: the plan has 3 ranks (tensor-parallel sizes [3]); start 3 processes"
+    assert f"shardline: rank 0: {line}" in done.stderr
+    assert processes_naming(str(model)) == []
