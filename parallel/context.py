@@ -66,22 +66,29 @@ class ParallelContext:
             world_size=env.world_size,
             timeout=timedelta(seconds=collective_timeout_s),
         )
-        return cls.over_initialized(topology, env.rank, device)
+        return cls.over_initialized(
+            topology, env.rank, device, collective_timeout_s=collective_timeout_s
+        )
 
     @classmethod
     def over_initialized(
-        cls, topology: Topology, rank: int, device: torch.device
+        cls,
+        topology: Topology,
+        rank: int,
+        device: torch.device,
+        *,
+        collective_timeout_s: float = 30,
     ) -> "ParallelContext":
         """Make the groups of `topology` within a process group that is already initialized.
 
         The topology may have fewer ranks than the process group; the ranks beyond it must call
         this, too, and get a context that no one may use.
         """
-        everyone = range(topology.world_size)
-        world = _group(rank, list(everyone))
+        timeout = timedelta(seconds=collective_timeout_s)
+        world = _group(rank, range(topology.world_size), timeout)
         tp = Group.alone(rank)
         for stage in range(topology.num_stages):
-            group = _group(rank, list(topology.ranks(stage)))
+            group = _group(rank, topology.ranks(stage), timeout)
             if rank in topology.ranks(stage):
                 tp = group
         return cls(topology, rank, device, world, tp)
@@ -124,8 +131,10 @@ def _backends(backend: str, device_type: str) -> str:
     return f"cpu:gloo,cuda:{'nccl' if backend == 'auto' else backend}"
 
 
-def _group(rank: int, ranks: list[int]) -> Group:
+def _group(rank: int, ranks: range, timeout: timedelta) -> Group:
     """Every rank of the process group must call this, for every group, in the same order."""
-    process_group = dist.new_group(ranks) if len(ranks) > 1 else None
-    place = ranks.index(rank) if rank in ranks else 0
-    return Group(tuple(ranks), place, process_group if rank in ranks else None)
+    # Without a timeout of its own a group would wait for torch's default, half an hour.
+    process_group = dist.new_group(list(ranks), timeout=timeout) if len(ranks) > 1 else None
+    if rank not in ranks:
+        return Group(tuple(ranks), 0)
+    return Group(tuple(ranks), ranks.index(rank), process_group)

@@ -235,7 +235,9 @@ def _watch(ranks: Sequence[_Rank], describe: Callable[[int], str]) -> None:
     if failures:
         rank, failure = min(failures, key=lambda pair: pair[1].secondary)
         silent = [describe(r.rank) for r in ranks if r.process.poll() is None]
-        blame = f"; no sign of life from {', '.join(silent)}" if failure.secondary and silent else ""
+        blame = (
+            f"; no sign of life from {', '.join(silent)}" if failure.secondary and silent else ""
+        )
         raise _JobError(f"{describe(rank.rank)}: {failure.message}{blame}", failure.exit_code)
 
 

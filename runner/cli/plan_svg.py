@@ -19,9 +19,9 @@ _PARTS = (("weights", "#0072B2"), ("activations", "#E69F00"), ("KV cache", "#009
 _FAINT, _PANEL, _EDGE, _TRACK = "#57606a", "#f3f5f7", "#c4cad1", "#e9ecef"
 
 _MARGIN, _PAD, _GAP = 28, 12, 150
-_MIN_WIDTH, _MIN_PANEL = 860, 290
+_MIN_WIDTH, _MIN_PANEL, _MAX_SHARE = 860, 290, 380
 _CARD_HEIGHT, _CARD_GAP, _BAR_HEIGHT = 96, 12, 22
-_TOP, _LINE = 118, 17
+_TOP, _LINE, _SHARE_SIZE = 118, 17, 11.5
 
 
 @dataclass(frozen=True)
@@ -36,9 +36,10 @@ class _Frame:
     def around(cls, plan: ShardPlan) -> "_Frame":
         stages = len(plan.stages)
         room = _MIN_WIDTH - 2 * _MARGIN - (stages - 1) * _GAP
-        panel_width = max(_MIN_PANEL, room / stages)
+        longest = max(width_of(_share(plan, rank), _SHARE_SIZE) for rank in plan.ranks)
+        panel_width = max(_MIN_PANEL, min(longest + 1, _MAX_SHARE) + 4 * _PAD, room / stages)
         lines = [len(_module_lines(s, panel_width - 2 * _PAD)) for s in plan.stages]
-        return cls(plan, panel_width, 40 + _LINE * max(3, *lines))
+        return cls(plan, panel_width, 44 + _LINE * max(lines))
 
     @property
     def width(self) -> float:
@@ -100,10 +101,10 @@ def _parts(plan: ShardPlan, rank: RankPlan) -> tuple[int, int, int]:
 
 def _title(root: ET.Element, frame: _Frame) -> None:
     plan, width = frame.plan, frame.width - 2 * _MARGIN
-    sizes = " + ".join(map(str, plan.tp_sizes))
+    sizes = f" ({' + '.join(map(str, plan.tp_sizes))})" if len(plan.stages) > 1 else ""
     text(root, _MARGIN, 40, f"{plan.architecture}, {plan.dtype}", width, size=20, bold=True)
     facts = (
-        f"{plural(len(plan.ranks), 'rank')} ({sizes}), max_model_len {plan.max_model_len}, weights "
+        f"{plural(len(plan.ranks), 'rank')}{sizes}, max_model_len {plan.max_model_len}, weights "
         f"{format_bytes(sum(rank.weight_bytes for rank in plan.ranks))} in all, "
         f"plan {plan.digest()[:12]}"
     )
@@ -114,6 +115,7 @@ def _title(root: ET.Element, frame: _Frame) -> None:
         rect(root, x, 82, 12, 12, fill=colour)
         text(root, x + 18, 93, label, width_of(label, 12.5), size=12.5)
         x += 18 + width_of(label, 12.5) + 24
+    text(root, x, 93, "bars to one scale", frame.width - _MARGIN - x, size=12.5, fill=_FAINT)
 
 
 def _stage(root: ET.Element, frame: _Frame, index: int) -> None:
@@ -163,12 +165,13 @@ def _rank(root: ET.Element, frame: _Frame, rank: RankPlan, *, scale: float) -> N
     text(group, left, y + 20, name, inner * 0.65, size=13, bold=True)
     total = format_bytes(sum(sizes))
     text(group, left + inner, y + 20, total, inner * 0.35, size=13, anchor="end")
-    text(group, left, y + 37, _share(frame.plan, rank), inner, size=11.5, fill=_FAINT)
+    text(group, left, y + 37, _share(frame.plan, rank), inner, size=_SHARE_SIZE, fill=_FAINT)
     _bar(group, left, y + 46, sizes, scale, inner)
+    step = min(inner / 3, 120)
     for place, (size, (_, colour)) in enumerate(zip(sizes, _PARTS, strict=True)):
-        at = left + place * inner / 3
+        at = left + place * step
         rect(group, at, y + 77, 8, 8, fill=colour)
-        text(group, at + 12, y + 85, format_bytes(size), inner / 3 - 12, size=11)
+        text(group, at + 12, y + 85, format_bytes(size), step - 12, size=11)
 
 
 def _share(plan: ShardPlan, rank: RankPlan) -> str:

@@ -1,5 +1,6 @@
 """A plan, or one rank of it in full, as text for a terminal. Whether it fits is `fit_text`."""
 
+import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
@@ -43,15 +44,14 @@ def describe_rank(plan: ShardPlan, rank: int) -> str:
     """
     if not 0 <= rank < len(plan.ranks):
         raise ConfigError(
-            f"--rank={rank}: the plan has {plural(len(plan.ranks), 'rank')}; use 0 to "
-            f"{len(plan.ranks) - 1}"
+            f"--rank={rank}: the plan has {plural(len(plan.ranks), 'rank')}, numbered from 0"
         )
     here = plan.ranks[rank]
     title = (
         f"{plan.topology.describe(rank)}, device {here.device}: {len(here.tensors)} tensors, "
         f"{format_bytes(here.weight_bytes)}"
     )
-    rows = [row for tensor in here.tensors for row in _tensor_rows(tensor)]
+    rows = [row for tensor in sorted(here.tensors, key=_position) for row in _tensor_rows(tensor)]
     return "\n".join([headline(plan), "", title, "", *table(_TENSOR_COLUMNS, rows)])
 
 
@@ -162,7 +162,7 @@ def _carries(plan: ShardPlan) -> list[str]:
 def _bubble(plan: ShardPlan) -> str:
     return (
         f"Pipeline: a batch passes the {len(plan.stages)} stages one after the other, so each "
-        f"waits {plan.pipeline_bubble:.0%} of the time."
+        f"waits {plan.pipeline_bubble * 100:.0f} % of the time."
     )
 
 
@@ -172,6 +172,14 @@ def _kv_line(plan: ShardPlan) -> str:
     where = "each rank" if equal else f"rank {fullest.rank}, which takes the most"
     size = format_bytes(fullest.kv_bytes_per_token * plan.max_model_len)
     return f"KV cache: one sequence of {plan.max_model_len} tokens takes {size} on {where}."
+
+
+def _position(tensor: LocalTensor) -> int:
+    """Sorts parameters into the order in which they run: embeddings, layers, norm and head."""
+    module, _, rest = tensor.name.partition(".")
+    if module == "layers":
+        return int(rest.partition(".")[0])
+    return -1 if module.startswith("embed_") else sys.maxsize
 
 
 def _tensor_rows(tensor: LocalTensor) -> list[list[str]]:

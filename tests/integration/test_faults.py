@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -15,15 +16,8 @@ pytestmark = pytest.mark.dist
 
 EXIT_WITHIN_S = 5.0
 TORCHRUN = [
-    sys.executable,
-    "-m",
-    "torch.distributed.run",
-    "--nproc-per-node",
-    "2",
-    "--master-port",
-    "0",
-    "-m",
-    "runner",
+    *(sys.executable, "-m", "torch.distributed.run", "--standalone"),
+    *("--nproc-per-node", "2", "-m", "runner"),
 ]
 
 
@@ -43,6 +37,14 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return add_tokenizer(folder)
 
 
+@pytest.fixture(autouse=True)
+def _leave_nothing(model: Path) -> Iterator[None]:
+    """A test that fails must not spoil the next one."""
+    yield
+    for pid in processes_naming(str(model)):
+        os.kill(pid, signal.SIGKILL)
+
+
 def generating(model: Path, *arguments: str) -> subprocess.Popen[str]:
     """A job of two ranks whose first text is out."""
     common = ["generate", "--prompt", "Hello", "--device", "cpu", "-tp", "2"]
@@ -52,11 +54,13 @@ def generating(model: Path, *arguments: str) -> subprocess.Popen[str]:
     return job
 
 
-def ends(job: subprocess.Popen[str], model: Path) -> tuple[int, str]:
+def ends(
+    job: subprocess.Popen[str], model: Path, *, within_s: float = EXIT_WITHIN_S
+) -> tuple[int, str]:
     """Exit code and last line of standard error, once the job and all its ranks are gone."""
     started = time.monotonic()
-    _, errors = job.communicate(timeout=EXIT_WITHIN_S)
-    left = wait_until_gone(str(model), timeout_s=EXIT_WITHIN_S - (time.monotonic() - started))
+    _, errors = job.communicate(timeout=within_s)
+    left = wait_until_gone(str(model), timeout_s=within_s - (time.monotonic() - started))
     assert left == []
     return job.returncode, errors.splitlines()[-1]
 
@@ -68,9 +72,10 @@ def test_killed_rank_is_named(model: Path) -> None:
 
 
 def test_stalled_rank_is_named(model: Path) -> None:
-    job = generating(model, "--set", "distributed.collective_timeout_s=2")
+    timeout_s = 3
+    job = generating(model, "--set", f"distributed.collective_timeout_s={timeout_s}")
     os.kill(rank_pid(str(model), 1), signal.SIGSTOP)
-    exit_code, line = ends(job, model)
+    exit_code, line = ends(job, model, within_s=timeout_s + EXIT_WITHIN_S)
     assert exit_code == 9
     assert line.startswith("shardline: rank 0 (stage 0, tp rank 0):")
     assert "no sign of life from rank 1 (stage 0, tp rank 1)" in line

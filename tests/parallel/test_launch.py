@@ -44,7 +44,7 @@ def test_ranks_meet_at_the_store() -> None:
 
 def test_the_rank_that_failed_first_is_named_not_the_one_heard_first() -> None:
     """Rank 0 loses its peer and says so before rank 1's own report arrives."""
-    with pytest.raises(ShardlineError, match="^rank 1: ValueError: the cause$") as caught:
+    with pytest.raises(ShardlineError, match=r"^rank 1: ValueError: the cause$") as caught:
         launch(
             """
             if env.rank == 0:
@@ -60,7 +60,7 @@ def test_the_rank_that_failed_first_is_named_not_the_one_heard_first() -> None:
 
 
 def test_a_rank_that_says_nothing_is_named_by_its_exit_code() -> None:
-    with pytest.raises(ShardlineError, match="^rank 1: ended with exit code 3$") as caught:
+    with pytest.raises(ShardlineError, match=r"^rank 1: ended with exit code 3$") as caught:
         launch("sys.exit(3) if env.rank == 1 else time.sleep(60)", 2)
     assert caught.value.exit_code == 8
 
