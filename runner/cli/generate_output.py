@@ -38,7 +38,8 @@ class TextOutput:
         self._say_how_fast()
 
     def _write(self, completion: Completion) -> None:
-        if self._shown == 0 and completion.text and len(self._completions) > 1:
+        begins = self._shown == 0 and (completion.text or completion.finish_reason)
+        if begins and len(self._completions) > 1:
             sys.stdout.write(f"[{self._current}] {completion.prompt!r}\n")
         sys.stdout.write(completion.text[self._shown :])
         sys.stdout.flush()

@@ -1,6 +1,6 @@
 """How many KV blocks the ranks can agree on."""
 
-import os
+from pathlib import Path
 
 import torch
 
@@ -8,6 +8,8 @@ from parallel.collectives import broadcast, minimum
 from parallel.context import ParallelContext
 from parallel.errors import DoesNotFitError
 from parallel.plan import RankPlan
+from runner.observe.cgroup import read_cgroup_limits
+from runner.observe.host import parse_meminfo
 
 
 def agree_on_blocks(
@@ -36,10 +38,9 @@ def agree_on_blocks(
     if agreed < 1:
         raise DoesNotFitError(
             f"no memory for a KV cache: {max(free, 0) / 2**30:.1f} GiB are left beside the "
-            f"weights, a "
-            f"block of {block_size} tokens takes {block_bytes / 2**20:.1f} MiB; use more ranks, a "
-            f"lower "
-            "scheduler.max_num_batched_tokens, or a higher kv_cache.gpu_memory_utilization"
+            f"weights, a block of {block_size} tokens takes {block_bytes / 2**20:.1f} MiB; use "
+            "more ranks, a lower scheduler.max_num_batched_tokens, or a higher "
+            "kv_cache.gpu_memory_utilization"
         )
     return agreed
 
@@ -49,5 +50,11 @@ def _free_bytes(context: ParallelContext, utilization: float) -> int:
     if context.device.type == "cuda":
         free, total = torch.cuda.mem_get_info(context.device)
         return int(total * utilization) - (total - free)
-    available = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return int(available * utilization) // context.world.size
+    return int(_host_free_bytes() * utilization) // context.world.size
+
+
+def _host_free_bytes() -> int:
+    """What the kernel would still give: file cache counts as free, and a container has a limit."""
+    available = parse_meminfo(Path("/proc/meminfo").read_text())["MemAvailable"]
+    allowed = read_cgroup_limits().memory_free_bytes
+    return available if allowed is None else min(available, allowed)

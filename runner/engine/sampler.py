@@ -24,7 +24,8 @@ def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
         (num_samples,) int64 on the device of `logits`.
     """
     params = [sequence.request.sampling for sequence in sequences]
-    logits = _penalize(logits.float(), sequences)
+    # A copy: the penalties are written in place, and a stage's output cannot be written to.
+    logits = _penalize(logits.to(torch.float32, copy=True), sequences)
     greedy = logits.argmax(-1)
     random_rows = [row for row, p in enumerate(params) if p.temperature > 0]
     if not random_rows:

@@ -91,7 +91,7 @@ class GatherAttention:
 def causal_mask(
     query_len: int, kv_len: int, window: int | None, device: torch.device
 ) -> torch.Tensor | None:
-    """(query_len, kv_len) bool, true where the last `query_len` tokens may look; None: everywhere."""
+    """(query_len, kv_len) bool, true where the last `query_len` tokens look; None: everywhere."""
     if query_len == 1 and (window is None or kv_len <= window):
         return None
     query = torch.arange(kv_len - query_len, kv_len, device=device)[:, None]

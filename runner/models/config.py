@@ -138,17 +138,18 @@ class HFConfig:
         given = self.get("hidden_activation", "hidden_act", "activation_function")
         if given not in _ACTIVATIONS:
             raise ConfigError(
-                f"{self.file}: activation {given!r} is not supported; supported are {', '.join(_ACTIVATIONS)}"
+                f"{self.file}: activation {given!r} is not supported; "
+                f"supported are {', '.join(_ACTIVATIONS)}"
             )
         return _ACTIVATIONS[given]
 
     def refuse(self, key: str, *allowed: Any) -> None:
-        """Raises ConfigError: a key that changes the arithmetic has a value that is not supported."""
+        """Raises ConfigError: a key that changes the arithmetic has a value we cannot compute."""
         value = self.values.get(key)
         if value is not None and value not in allowed:
+            supported = " and ".join(["null", *map(json.dumps, allowed)])
             raise ConfigError(
-                f"{self.file}: {key}={value!r} is not supported; allowed are null and "
-                f"{list(allowed)}"
+                f"{self.file}: {key}={json.dumps(value)} is not supported; supported: {supported}"
             )
 
     def rope(
@@ -162,21 +163,30 @@ class HFConfig:
         given = dict(self.get("rope_parameters", "rope_scaling", default={}))
         if layer_type and layer_type in given:
             given = dict(given[layer_type] or {})
-        kind = given.setdefault("rope_type", given.pop("type", None) or "default")
-        if kind == "su":
-            given["rope_type"] = "longrope"
-        if given["rope_type"] not in ROPE_KINDS:
+        given["rope_type"] = self._rope_kind(given)
+        given.setdefault("rope_theta", self.number("rope_theta", default=theta))
+        if original := self.get("original_max_position_embeddings"):
+            given["original_max_position_embeddings"] = original
+        partial = given.pop("partial_rotary_factor", None)
+        partial = partial or self.number("partial_rotary_factor", default=1.0)
+        return RopeConfig(given, int(head_dim * partial), self.number("max_position_embeddings"))
+
+    def _rope_kind(self, given: dict[str, Any]) -> str:
+        """The kind that `given` names, which must have all that this kind needs."""
+        older = given.pop("type", None)
+        kind = given.get("rope_type") or older or "default"
+        # The first Phi-3 called longrope "su"; "yarn" with its two lists of factors is the same.
+        if kind == "su" or (kind == "yarn" and "long_factor" in given):
+            kind = "longrope"
+        if kind not in ROPE_KINDS:
             raise ConfigError(
                 f"{self.file}: rope_type {kind!r} is not supported; "
                 f"supported are {', '.join(ROPE_KINDS)}"
             )
-        given.setdefault("rope_theta", self.number("rope_theta", default=theta))
-        if original := self.get("original_max_position_embeddings"):
-            given["original_max_position_embeddings"] = original
-        partial = given.get("partial_rotary_factor") or self.get(
-            "partial_rotary_factor", default=1.0
-        )
-        return RopeConfig(given, int(head_dim * partial), self.number("max_position_embeddings"))
+        missing = [key for key in ROPE_KINDS[kind] if given.get(key) is None]
+        if missing:
+            raise IntegrityError(f"{self.file}: rope_type {kind} needs {', '.join(missing)}")
+        return str(kind)
 
     def layer_types(self, num_layers: int, default: list[str]) -> list[str]:
         """`layer_types`, one of sliding_attention and full_attention for each layer."""

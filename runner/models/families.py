@@ -123,7 +123,7 @@ def _qwen3(config: HFConfig) -> DecoderConfig:
 
 
 def _qwen_windows(config: HFConfig) -> tuple[int | None, ...]:
-    num_layers = config.number("num_hidden_layers")
+    num_layers: int = config.number("num_hidden_layers")
     if not config.get("use_sliding_window", default=False):
         return (None,) * num_layers
     first = config.number("max_window_layers", default=28)
@@ -161,7 +161,8 @@ def _gemma3(config: HFConfig) -> DecoderConfig:
         norm="rms_plus_one",
         qk_norm=True,
         post_norms=True,
-        max_positions=full.max_length,
+        # Unlike other models' this length already counts the scaling of the frequencies.
+        max_positions=full.max_positions,
         embedding_scale=math.sqrt(base.hidden_size),
         query_scale=config.number("query_pre_attn_scalar", default=256) ** -0.5,
         logit_softcap=config.get("final_logit_softcapping"),
