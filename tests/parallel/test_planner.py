@@ -3,7 +3,7 @@
 That the blocks hold the right values once they are read is shown in test_weights.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +18,13 @@ from parallel.topology import Topology
 from runner.models.config import HFConfig
 from runner.models.families import FAMILIES
 from runner.models.layout import layout_of
+from runner.models.spec import ModelSpec
 
 Values = dict[str, Any]
 Shapes = dict[str, tuple[int, ...]]
 
 FILE = Path("/models/tiny/model.safetensors")
+LAYER = "model.layers.1"
 LIMITS = Limits(max_model_len=64, max_num_seqs=4, max_num_batched_tokens=32)
 
 # SmolLM2's heads on a small scale: 9 query heads that share 3 KV heads, of 2 features each.
@@ -38,15 +40,7 @@ TINY: Values = {
     "hidden_act": "silu",
     "max_position_embeddings": 64,
 }
-LLAMA_70B: Values = TINY | {
-    "hidden_size": 8192,
-    "intermediate_size": 28672,
-    "num_hidden_layers": 80,
-    "num_attention_heads": 64,
-    "num_key_value_heads": 8,
-    "head_dim": 128,
-    "vocab_size": 128256,
-}
+TIED = TINY | {"tie_word_embeddings": True}
 
 
 def make_layout(values: Values) -> ModelLayout:
@@ -55,7 +49,7 @@ def make_layout(values: Values) -> ModelLayout:
 
 
 def llama_shapes(values: Values) -> Shapes:
-    """What a Llama checkpoint with an untied head holds; matrices are (out, in)."""
+    """What a Llama checkpoint holds; matrices are (out, in)."""
     hidden, mlp, vocab = (values[k] for k in ("hidden_size", "intermediate_size", "vocab_size"))
     query = values["num_attention_heads"] * values["head_dim"]
     kv = values["num_key_value_heads"] * values["head_dim"]
@@ -70,53 +64,14 @@ def llama_shapes(values: Values) -> Shapes:
         "mlp.up_proj": (mlp, hidden),
         "mlp.down_proj": (hidden, mlp),
     }
-    return {
-        "model.embed_tokens.weight": (vocab, hidden),
-        **{
-            f"model.layers.{i}.{name}.weight": shape
-            for i in range(values["num_hidden_layers"])
-            for name, shape in layer.items()
-        },
-        "model.norm.weight": (hidden,),
-        "lm_head.weight": (vocab, hidden),
+    shapes = {
+        f"model.layers.{i}.{name}.weight": shape
+        for i in range(values["num_hidden_layers"])
+        for name, shape in layer.items()
     }
-
-
-def gpt2_shapes(*, hidden: int, vocab: int, positions: int) -> Shapes:
-    """What a GPT-2 checkpoint of one layer holds; matrices of layers are (in, out)."""
-    layer: Shapes = {
-        "ln_1.weight": (hidden,),
-        "ln_1.bias": (hidden,),
-        "attn.c_attn.weight": (hidden, 3 * hidden),
-        "attn.c_attn.bias": (3 * hidden,),
-        "attn.c_proj.weight": (hidden, hidden),
-        "attn.c_proj.bias": (hidden,),
-        "ln_2.weight": (hidden,),
-        "ln_2.bias": (hidden,),
-        "mlp.c_fc.weight": (hidden, 4 * hidden),
-        "mlp.c_fc.bias": (4 * hidden,),
-        "mlp.c_proj.weight": (4 * hidden, hidden),
-        "mlp.c_proj.bias": (hidden,),
-    }
-    return {
-        "transformer.wte.weight": (vocab, hidden),
-        "transformer.wpe.weight": (positions, hidden),
-        **{f"transformer.h.0.{name}": shape for name, shape in layer.items()},
-        "transformer.ln_f.weight": (hidden,),
-        "transformer.ln_f.bias": (hidden,),
-    }
-
-
-GPT2: Values = {
-    "architectures": ["GPT2LMHeadModel"],
-    "n_embd": 6,
-    "n_layer": 1,
-    "n_head": 3,
-    "n_positions": 5,
-    "vocab_size": 7,
-    "activation_function": "gelu_new",
-}
-GPT2_SHAPES = gpt2_shapes(hidden=6, vocab=7, positions=5)
+    shapes |= {"model.embed_tokens.weight": (vocab, hidden), "model.norm.weight": (hidden,)}
+    is_tied = values.get("tie_word_embeddings")
+    return shapes if is_tied else shapes | {"lm_head.weight": (vocab, hidden)}
 
 
 def headers(shapes: Shapes) -> Checkpoint:
@@ -153,9 +108,6 @@ def tensor(plan: ShardPlan, rank: int, name: str) -> LocalTensor:
 
 def names(plan: ShardPlan, rank: int) -> set[str]:
     return {tensor.name for tensor in plan.ranks[rank].tensors}
-
-
-LAYER = "model.layers.1"
 
 
 def test_qkv_is_merged_from_the_blocks_of_the_ranks_heads() -> None:
@@ -202,56 +154,70 @@ def test_a_padded_vocabulary_ends_early() -> None:
 
 
 def test_a_rank_beyond_a_tiny_vocabulary_reads_none_of_it() -> None:
-    values = TINY | {"vocab_size": 5}
-    head = tensor(divide([4], values, shapes=llama_shapes(values)), 3, "lm_head.weight")
+    head = tensor(divide([4], TINY | {"vocab_size": 5}), 3, "lm_head.weight")
     assert (head.shape, head.pieces) == ((2, 20), ())
 
 
-def test_a_fused_tensor_is_read_block_by_block() -> None:
-    """Phi-3 stores Q, K and V as one matrix: 18 rows, then 6, then 6."""
-    shapes = llama_shapes(TINY)
-    for i in range(3):
-        for part in ("q", "k", "v"):
-            del shapes[f"model.layers.{i}.self_attn.{part}_proj.weight"]
-        for part in ("gate", "up"):
-            del shapes[f"model.layers.{i}.mlp.{part}_proj.weight"]
-        shapes[f"model.layers.{i}.self_attn.qkv_proj.weight"] = (30, 20)
-        shapes[f"model.layers.{i}.mlp.gate_up_proj.weight"] = (60, 20)
-    plan = divide([2], TINY | {"architectures": ["Phi3ForCausalLM"]}, shapes=shapes)
+def divide_variant(
+    folder: Path, tp_sizes: list[int], *, stages: list[list[str]] | None = None
+) -> ShardPlan:
+    """The plan of a checkpoint that transformers wrote."""
+    spec = ModelSpec.open(folder)
+    return make_plan(
+        spec.layout,
+        spec.checkpoint,
+        Topology.of(tp_sizes),
+        architecture=spec.config.architecture,
+        dtype="float32",
+        limits=LIMITS,
+        stages=stages,
+    )
+
+
+def test_a_fused_tensor_is_read_block_by_block(checkpoint: Callable[[str], Path]) -> None:
+    """Phi-3 stores Q, K and V as one matrix, here of 48 rows, 24 and 24; gate and up likewise."""
+    plan = divide_variant(checkpoint("phi3"), [2])
     source = f"{LAYER}.self_attn.qkv_proj.weight"
     assert tensor(plan, 1, "layers.1.attention.qkv_proj.weight").pieces == (
-        Piece(source, 0, (12, 18)),
-        Piece(source, 0, (18 + 4, 18 + 6)),
-        Piece(source, 0, (24 + 4, 24 + 6)),
+        Piece(source, 0, (32, 48)),
+        Piece(source, 0, (48 + 16, 48 + 24)),
+        Piece(source, 0, (72 + 16, 72 + 24)),
     )
     source = f"{LAYER}.mlp.gate_up_proj.weight"
     assert tensor(plan, 1, "layers.1.mlp.up_proj.weight").pieces == (
-        Piece(source, 0, (15, 30)),
-        Piece(source, 0, (30 + 15, 30 + 30)),
+        Piece(source, 0, (49, 97)),
+        Piece(source, 0, (97 + 49, 97 + 97)),
     )
 
 
-def test_a_conv1d_is_cut_along_the_other_stored_dim() -> None:
-    plan = divide([3], GPT2, shapes=GPT2_SHAPES)
-    source = "transformer.h.0.attn.c_attn.weight"
-    assert tensor(plan, 1, "layers.0.attention.qkv_proj.weight") == LocalTensor(
-        name="layers.0.attention.qkv_proj.weight",
-        shape=(6, 6),
+def test_a_conv1d_is_cut_along_the_other_stored_dim(checkpoint: Callable[[str], Path]) -> None:
+    """GPT-2 stores (in, out): the output features, 3 x 42 for Q, K and V, are dim 1 of the file."""
+    plan = divide_variant(checkpoint("gpt2"), [3])
+    source = "transformer.h.1.attn.c_attn.weight"
+    assert tensor(plan, 1, "layers.1.attention.qkv_proj.weight") == LocalTensor(
+        name="layers.1.attention.qkv_proj.weight",
+        shape=(3 * 14, 42),
         dim=0,
-        pieces=tuple(Piece(source, 1, (start, start + 2)) for start in (2, 8, 14)),
+        pieces=tuple(Piece(source, 1, (start + 14, start + 28)) for start in (0, 42, 84)),
         transposed=True,
     )
-    down = tensor(plan, 1, "layers.0.mlp.down_proj.weight")
-    assert (down.shape, down.dim) == ((6, 8), 1)
-    assert down.pieces == (Piece("transformer.h.0.mlp.c_proj.weight", 0, (8, 16)),)
+    assert tensor(plan, 1, "layers.1.mlp.down_proj.weight") == LocalTensor(
+        name="layers.1.mlp.down_proj.weight",
+        shape=(42, 32),
+        dim=1,
+        pieces=(Piece("transformer.h.1.mlp.c_proj.weight", 0, (32, 64)),),
+        transposed=True,
+    )
 
 
-def test_a_bias_is_split_with_its_output_or_whole_after_a_reduce() -> None:
-    plan = divide([3], GPT2, shapes=GPT2_SHAPES)
-    split = tensor(plan, 2, "layers.0.mlp.up_proj.bias")
-    assert split.pieces == (Piece("transformer.h.0.mlp.c_fc.bias", 0, (16, 24)),)
-    whole = tensor(plan, 2, "layers.0.mlp.down_proj.bias")
-    assert (whole.shape, whole.pieces) == ((6,), (Piece("transformer.h.0.mlp.c_proj.bias"),))
+def test_a_bias_is_split_with_its_output_or_whole_after_a_reduce(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    plan = divide_variant(checkpoint("gpt2"), [3])
+    split = tensor(plan, 2, "layers.1.mlp.up_proj.bias")
+    assert split.pieces == (Piece("transformer.h.1.mlp.c_fc.bias", 0, (64, 95)),)
+    whole = tensor(plan, 2, "layers.1.mlp.down_proj.bias")
+    assert (whole.shape, whole.pieces) == ((42,), (Piece("transformer.h.1.mlp.c_proj.bias"),))
 
 
 def test_stages_know_what_they_run_and_what_they_send() -> None:
@@ -283,38 +249,31 @@ def test_an_explicit_cut_is_followed() -> None:
     assert [stage.layers for stage in plan.stages] == [(0, 1), (1, 3)]
 
 
+@pytest.mark.xfail(strict=True, reason="the plan is made; loading it ends in an AssertionError")
+def test_a_cut_between_the_two_embeddings_is_refused(checkpoint: Callable[[str], Path]) -> None:
+    """GPT-2 adds its positions to its tokens before anything is sent on."""
+    stages = [["transformer.wte"], ["transformer.wpe", "transformer.h.*", "transformer.ln_f", "*"]]
+    with pytest.raises(ConfigError, match=r"transformer\.wpe"):
+        divide_variant(checkpoint("gpt2"), [1, 1], stages=stages)
+
+
 def test_a_tied_head_in_the_embeddings_stage_needs_no_tensor() -> None:
-    values = TINY | {"tie_word_embeddings": True}
-    shapes = llama_shapes(values)
-    del shapes["lm_head.weight"]
-    plan = divide([2], values, shapes=shapes)
+    plan = divide([2], TIED)
     assert "lm_head.weight" not in names(plan, 0) | names(plan, 1)
     assert plan.stages[0].has_head
 
 
 def test_a_tied_head_in_another_stage_holds_the_embedding_once_more() -> None:
     """Each stage splits it over its own ranks: five rows of ten, and all ten."""
-    values = TINY | {"tie_word_embeddings": True}
-    shapes = llama_shapes(values)
-    del shapes["lm_head.weight"]
-    plan = divide([2, 1], values, shapes=shapes)
+    plan = divide([2, 1], TIED)
     embedding, head = tensor(plan, 1, "embed_tokens.weight"), tensor(plan, 2, "lm_head.weight")
     assert embedding.pieces == (Piece("model.embed_tokens.weight", 0, (5, 10)),)
     assert head.pieces == (Piece("model.embed_tokens.weight", 0, (0, 10)),)
 
 
 def test_a_tied_checkpoint_that_stores_the_head_too_is_accepted() -> None:
-    plan = divide([1], TINY | {"tie_word_embeddings": True})
+    plan = divide([1], TIED, shapes=llama_shapes(TINY))
     assert "lm_head.weight" not in names(plan, 0)
-
-
-def test_llama_70b_over_two_stages_of_four() -> None:
-    """The head weighs as much as 1.2 layers, so the second stage has two layers fewer."""
-    plan = divide([4, 4], LLAMA_70B, dtype="bfloat16")
-    assert [stage.layers for stage in plan.stages] == [(0, 41), (41, 80)]
-    # 70,553,706,496 parameters, of which the 161 norms lie on each of a stage's four ranks.
-    held = sum(rank.weight_bytes for rank in plan.ranks)
-    assert held == 2 * (70_553_706_496 + 3 * 161 * 8192)
 
 
 def test_kv_bytes_follow_the_ranks_kv_heads_and_layers() -> None:
@@ -353,12 +312,6 @@ def test_a_wrong_shape_names_file_tensor_and_both_shapes() -> None:
     )
 
 
-def test_a_conv1d_stored_the_other_way_round_is_a_wrong_shape() -> None:
-    shapes = GPT2_SHAPES | {"transformer.h.0.mlp.c_fc.weight": (24, 6)}
-    with pytest.raises(IntegrityError, match=r"c_fc\.weight has shape \[24, 6\], .* \[6, 24\]$"):
-        divide([1], GPT2, shapes=shapes)
-
-
 @pytest.mark.parametrize("dtype", ["I8", "F8_E4M3", "F64"])
 def test_a_dtype_that_cannot_be_loaded_names_file_and_tensor(dtype: str) -> None:
     checkpoint = headers(llama_shapes(TINY))
@@ -393,14 +346,13 @@ def test_every_stage_needs_a_head_for_each_rank(tp_sizes: list[int]) -> None:
 
 
 def test_every_rank_needs_columns_of_the_mlp() -> None:
-    values = TINY | {"intermediate_size": 3}
     with pytest.raises(
         ConfigError, match=r"^a width of 3 cannot be split over 4 ranks; use 1 to 3$"
     ):
-        divide([4], values, shapes=llama_shapes(values))
+        divide([4], TINY | {"intermediate_size": 3})
 
 
 def test_no_more_stages_than_modules() -> None:
     """Three layers, the norm and the head."""
-    with pytest.raises(ConfigError, match="^pipeline_parallel_size=6 exceeds the 5 modules"):
+    with pytest.raises(ConfigError, match=r"^pipeline_parallel_size=6 exceeds the 5 modules"):
         divide([1] * 6)

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import yaml
 from sparse_checkpoint import LLAMA_70B, make_sparse_llama
+from stand_in_driver import build_driver
 from typer.testing import CliRunner, Result
 
 from parallel.errors import ConfigError, DoesNotFitError
@@ -350,12 +351,7 @@ int nvmlDeviceGetMemoryInfo(Gpu gpu, Memory *memory) {
 
 @pytest.fixture(scope="module")
 def driver_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    directory = tmp_path_factory.mktemp("driver")
-    source = directory / "driver.c"
-    source.write_text(DRIVER_SOURCE)
-    library = directory / "libnvidia-ml.so.1"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
-    return directory
+    return build_driver(tmp_path_factory.mktemp("driver"), DRIVER_SOURCE)
 
 
 @needs_compiler

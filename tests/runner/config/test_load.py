@@ -4,23 +4,11 @@ import re
 from pathlib import Path
 
 import pytest
+from plan_file import plan
 
 from parallel.errors import ConfigError
 from runner.config.load import load
 from runner.config.settings import Flag
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("m").mkdir()
-
-
-def plan(text: str) -> Path:
-    path = Path("plan.yaml")
-    path.write_text(text, encoding="utf-8")
-    return path
-
 
 HEAD = "version: 1\nmodel: {path: m}\n"
 STAGES = HEAD + (

@@ -27,7 +27,7 @@ def test_defaults_are_those_that_the_documentation_promises() -> None:
         "distributed": {
             "backend": "auto",
             "init_timeout_s": 300.0,
-            "collective_timeout_s": 30.0,
+            "collective_timeout_s": None,
         },
     }
 

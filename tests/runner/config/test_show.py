@@ -3,25 +3,12 @@
 import json
 from pathlib import Path
 
-import pytest
+from plan_file import plan
 
 from runner.config.load import load
 from runner.config.schema import RunnerConfig
 from runner.config.settings import Flag
 from runner.config.show import as_json, show
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_directory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    Path("m").mkdir()
-
-
-def plan(text: str) -> Path:
-    path = Path("plan.yaml")
-    path.write_text(text, encoding="utf-8")
-    return path
-
 
 TEXT = """\
 version: 1
@@ -53,7 +40,7 @@ def test_each_value_stands_in_one_aligned_line_with_its_origin() -> None:
         "kv_cache.block_size                     32                 --set",
         "distributed.backend                     auto               default",
         "distributed.init_timeout_s              300.0              default",
-        "distributed.collective_timeout_s        30.0               default",
+        "distributed.collective_timeout_s        null               default",
     ]
 
 

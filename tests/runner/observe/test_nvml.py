@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from stand_in_driver import build_driver
 
 from runner.observe.nvml import decode_cuda_version, decode_throttle_reasons, read_inventory
 
@@ -111,12 +112,7 @@ READ = (
 @pytest.fixture(scope="module")
 def driver_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A directory with the stand-in libnvidia-ml.so.1."""
-    directory = tmp_path_factory.mktemp("driver")
-    source = directory / "driver.c"
-    source.write_text(DRIVER_SOURCE)
-    library = directory / "libnvidia-ml.so.1"
-    subprocess.run(["cc", "-shared", "-fPIC", "-o", library, source], check=True)
-    return directory
+    return build_driver(tmp_path_factory.mktemp("driver"), DRIVER_SOURCE)
 
 
 def read_with(driver_dir: Path, *, init: int) -> dict[str, Any]:

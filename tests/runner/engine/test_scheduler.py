@@ -1,0 +1,309 @@
+"""Who runs when: by hand for each rule, then at random for what must never happen."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import rank_jobs
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from parallel.context import ParallelContext
+from parallel.errors import DoesNotFitError
+from parallel.launch import RankEnv
+from parallel.topology import Topology
+from runner.engine.request import Request
+from runner.engine.scheduler import BlockPool, Output, Scheduled, Scheduler
+from runner.engine.sequence import Sequence
+
+STOP = 0
+
+
+def token(request_id: int, position: int) -> int:
+    """What our stand-in for a model puts at a place of a sequence; now and then STOP."""
+    return (7919 * request_id + 31 * position) % 17
+
+
+def request(request_id: int, prompt_len: int, max_tokens: int, *stops: int) -> Request:
+    return Request(request_id, (1,) * prompt_len, max_tokens, stop_token_ids=frozenset(stops))
+
+
+def scheduler_of(
+    pool: BlockPool | None = None,
+    *,
+    max_num_seqs: int = 8,
+    max_num_batched_tokens: int = 100,
+    rope_switch_length: int | None = None,
+) -> Scheduler:
+    return Scheduler(
+        pool or BlockPool(100, 4),
+        max_num_seqs=max_num_seqs,
+        max_num_batched_tokens=max_num_batched_tokens,
+        rope_switch_length=rope_switch_length,
+    )
+
+
+def shape(scheduled: list[Scheduled]) -> list[tuple[int, int]]:
+    """Who, and how many tokens."""
+    return [(part.sequence.request.request_id, part.num_tokens) for part in scheduled]
+
+
+def commit(scheduler: Scheduler, scheduled: list[Scheduled]) -> list[Output]:
+    """Give each sequence that samples the stand-in's token."""
+    sequences = [part.sequence for part in scheduled if part.samples]
+    ids = [token(s.request.request_id, len(s.token_ids)) for s in sequences]
+    return scheduler.commit(scheduled, ids)
+
+
+def step(scheduler: Scheduler) -> list[tuple[int, int]]:
+    scheduled = scheduler.schedule()
+    commit(scheduler, scheduled)
+    return shape(scheduled)
+
+
+def test_first_come_first_served_and_no_more_than_may_run_at_once() -> None:
+    scheduler = scheduler_of(max_num_seqs=2)
+    for request_id, max_tokens in ((1, 1), (2, 3), (3, 2)):
+        scheduler.add(request(request_id, 5, max_tokens))
+    assert step(scheduler) == [(1, 5), (2, 5)]
+    assert step(scheduler) == [(2, 1), (3, 5)]
+    assert step(scheduler) == [(2, 1), (3, 1)]
+    assert not scheduler.has_work
+
+
+def test_long_prompts_run_in_chunks_beside_those_that_decode() -> None:
+    scheduler = scheduler_of(max_num_batched_tokens=6)
+    for request_id, prompt_len in ((1, 3), (2, 13), (3, 1)):
+        scheduler.add(request(request_id, prompt_len, 9))
+    assert step(scheduler) == [(1, 3), (2, 3)]
+    assert step(scheduler) == [(1, 1), (2, 5)]
+    assert step(scheduler) == [(1, 1), (2, 5)]
+    assert step(scheduler) == [(1, 1), (2, 1), (3, 1)]
+
+
+def test_only_the_last_chunk_yields_a_token() -> None:
+    scheduler = scheduler_of(max_num_batched_tokens=4)
+    scheduler.add(request(5, 10, 2))
+    outputs = [commit(scheduler, scheduler.schedule()) for _ in range(4)]
+    assert outputs == [
+        [],
+        [],
+        [Output(5, token(5, 10), None)],
+        [Output(5, token(5, 11), "length")],
+    ]
+
+
+def test_a_step_smaller_than_the_running_set_serves_the_first() -> None:
+    scheduler = scheduler_of(max_num_batched_tokens=2)
+    for request_id in (1, 2, 3):
+        scheduler.add(request(request_id, 1, 2))
+    assert step(scheduler) == [(1, 1), (2, 1)]
+    assert step(scheduler) == [(1, 1), (2, 1)]
+    assert step(scheduler) == [(3, 1)]
+
+
+def test_no_one_overtakes_a_request_that_waits_for_blocks() -> None:
+    scheduler = scheduler_of(BlockPool(10, 4))
+    for request_id, prompt_len in ((1, 22), (2, 22), (3, 2)):
+        scheduler.add(request(request_id, prompt_len, 2))
+    assert step(scheduler) == [(1, 22)]
+    assert step(scheduler) == [(1, 1)]
+    assert step(scheduler) == [(2, 22), (3, 2)]
+
+
+@pytest.mark.parametrize("end", ["finish", "abort"])
+def test_blocks_come_back(end: str) -> None:
+    pool = BlockPool(3, 4)
+    scheduler = scheduler_of(pool)
+    scheduler.add(request(1, 8, 1 if end == "finish" else 4))
+    scheduler.schedule()
+    assert pool.take(1) is None
+    scheduler = scheduler_of(pool := BlockPool(3, 4))
+    scheduler.add(request(1, 8, 1 if end == "finish" else 4))
+    step(scheduler)
+    scheduler.abort(1)
+    assert not scheduler.has_work
+    assert sorted(pool.take(3) or []) == [0, 1, 2]
+
+
+def test_an_aborted_request_is_gone_wherever_it_was() -> None:
+    scheduler = scheduler_of(max_num_seqs=1)
+    for request_id in (1, 2, 3):
+        scheduler.add(request(request_id, 2, 5))
+    step(scheduler)
+    for gone in (1, 2, 2, 77):
+        scheduler.abort(gone)
+    assert step(scheduler) == [(3, 2)]
+
+
+def test_a_request_that_can_never_fit_is_refused_at_once() -> None:
+    scheduler = scheduler_of(BlockPool(5, 4))
+    scheduler.add(request(1, 10, 10))
+    with pytest.raises(DoesNotFitError, match="request 2 needs 6 KV blocks of 4 tokens.* has 5;"):
+        scheduler.add(request(2, 11, 10))
+    assert step(scheduler) == [(1, 10)]
+
+
+def test_a_stop_token_ends_a_sequence_but_not_within_the_prompt() -> None:
+    def end(max_tokens: int, stop: int) -> list[Output]:
+        scheduler = scheduler_of()
+        scheduler.add(Request(3, (9, stop), max_tokens, stop_token_ids=frozenset({stop})))
+        outputs = []
+        while scheduler.has_work:
+            outputs += commit(scheduler, scheduler.schedule())
+        return outputs
+
+    ids = [token(3, position) for position in (2, 3, 4)]
+    assert end(9, ids[2])[-1] == Output(3, ids[2], "stop")
+    assert end(3, ids[2])[-1] == Output(3, ids[2], "stop")  # the last one allowed, too
+    assert end(2, ids[2])[-1] == Output(3, ids[1], "length")
+
+
+@pytest.mark.parametrize(
+    ("prompt_len", "budget", "steps"),
+    [
+        (4, 100, [4, 1, 1, 7, 1]),
+        (4, 3, [3, 1, 1, 1, 3, 3, 1, 1]),
+        (6, 100, [6, 7, 1, 1, 1]),
+        (7, 100, [7, 1, 1, 1, 1]),
+        (7, 5, [5, 2, 1, 1, 1, 1]),
+    ],
+)
+def test_a_sequence_is_computed_anew_once_where_its_rope_switches(
+    prompt_len: int, budget: int, steps: list[int]
+) -> None:
+    scheduler = scheduler_of(max_num_batched_tokens=budget, rope_switch_length=6)
+    scheduler.add(request(1, prompt_len, 5))
+    taken, blocks = [], set()
+    while scheduler.has_work:
+        (part,) = scheduler.schedule()
+        assert part.sequence.rope_variant == (len(part.sequence.token_ids) > 6)
+        blocks.add(tuple(part.sequence.blocks))
+        taken.append(part.num_tokens)
+        commit(scheduler, [part])
+    assert taken == steps
+    assert len(blocks) == 1
+
+
+EVENTS = st.lists(
+    st.one_of(
+        st.tuples(st.just("add"), st.integers(1, 20), st.integers(1, 12)),
+        st.tuples(st.just("abort"), st.integers(0, 8), st.just(0)),
+        st.tuples(st.just("step"), st.just(0), st.just(0)),
+    ),
+    max_size=40,
+)
+
+
+class Twins:
+    """Two schedulers that are told the same, and a list of what each request has produced."""
+
+    def __init__(self, sizes: dict[str, Any], num_blocks: int, block_size: int) -> None:
+        self.pools = [BlockPool(num_blocks, block_size) for _ in range(2)]
+        self.schedulers = [scheduler_of(pool, **sizes) for pool in self.pools]
+        self.sizes = sizes
+        self.requests: list[Request] = []
+        self.ids: dict[int, list[int]] = {}
+        self.ended: dict[int, str] = {}
+        self.admitted: dict[int, Sequence] = {}
+
+    def add(self, prompt_len: int, max_tokens: int) -> None:
+        asked = request(len(self.requests), prompt_len, max_tokens, STOP)
+        if self.pools[0].blocks_for(asked.max_length) > self.pools[0].num_blocks:
+            for scheduler in self.schedulers:
+                with pytest.raises(DoesNotFitError):
+                    scheduler.add(asked)
+            return
+        self.requests.append(asked)
+        self.ids[asked.request_id] = []
+        for scheduler in self.schedulers:
+            scheduler.add(asked)
+
+    def abort(self, request_id: int) -> None:
+        for scheduler in self.schedulers:
+            scheduler.abort(request_id)
+        if request_id in self.ids:
+            self.ended.setdefault(request_id, "aborted")
+
+    def step(self) -> None:
+        one, other = (scheduler.schedule() for scheduler in self.schedulers)
+        assert shape(one) == shape(other)
+        assert [part.sequence for part in one] == [part.sequence for part in other]
+        self._check(one)
+        outputs = [commit(s, parts) for s, parts in zip(self.schedulers, (one, other), strict=True)]
+        assert outputs[0] == outputs[1]
+        for output in outputs[0]:
+            assert output.request_id not in self.ended
+            self.ids[output.request_id].append(output.token_id)
+            if output.finish_reason:
+                self.ended[output.request_id] = output.finish_reason
+
+    def _check(self, scheduled: list[Scheduled]) -> None:
+        assert scheduled
+        assert all(part.num_tokens > 0 for part in scheduled)
+        assert sum(part.num_tokens for part in scheduled) <= self.sizes["max_num_batched_tokens"]
+        for part in scheduled:
+            self.admitted.setdefault(part.sequence.request.request_id, part.sequence)
+        assert list(self.admitted) == sorted(self.admitted)
+        running = [s for request_id, s in self.admitted.items() if request_id not in self.ended]
+        assert len(running) <= self.sizes["max_num_seqs"]
+        held = [block for sequence in running for block in sequence.blocks]
+        assert len(set(held)) == len(held)
+        for sequence in running:
+            assert len(sequence.blocks) * self.pools[0].block_size >= sequence.request.max_length
+
+    def check_end(self) -> None:
+        for asked in self.requests:
+            first, ids = len(asked.prompt_ids), self.ids[asked.request_id]
+            assert ids == [token(asked.request_id, first + i) for i in range(len(ids))]
+            end = self.ended[asked.request_id]
+            assert end != "length" or len(ids) == asked.max_tokens
+            assert (end == "stop") == (STOP in ids)
+            assert STOP not in ids[:-1]
+        for pool in self.pools:
+            assert sorted(pool.take(pool.num_blocks) or []) == list(range(pool.num_blocks))
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    events=EVENTS,
+    max_num_seqs=st.integers(1, 4),
+    max_num_batched_tokens=st.integers(1, 25),
+    rope_switch_length=st.sampled_from([None, 9]),
+    num_blocks=st.integers(2, 12),
+    block_size=st.sampled_from([1, 4]),
+)
+def test_whatever_happens(
+    events: list[tuple[str, int, int]], num_blocks: int, block_size: int, **sizes: Any
+) -> None:
+    """No block is lost or held twice, everyone is served in turn, and two ranks never differ."""
+    twins = Twins(sizes, num_blocks, block_size)
+    for kind, first, second in events:
+        if kind == "add":
+            twins.add(first, second)
+        elif kind == "abort":
+            twins.abort(first)
+        elif twins.schedulers[0].has_work:
+            twins.step()
+    while twins.schedulers[0].has_work:
+        twins.step()
+    assert not twins.schedulers[1].has_work
+    twins.check_end()
+
+
+@pytest.mark.parametrize("prompt_len", [3, 12, 20, 21])
+def test_longrope_crosses_its_original_length_like_generate(
+    prompt_len: int, checkpoint: Callable[[str], Path], reference: Callable[[Path], Any]
+) -> None:
+    """transformers throws its cache away at the crossing, and so do we."""
+    folder = checkpoint("phi3")
+    prompt = [3 + 5 * i % 120 for i in range(prompt_len)]
+    theirs = reference(folder).generate(
+        torch.tensor([prompt]), max_new_tokens=24, do_sample=False, eos_token_id=None
+    )
+    context = ParallelContext.open(Topology.of([1]), RankEnv(0, 1), device_type="cpu")
+    limits = {"scheduler.max_num_batched_tokens": 8}
+    ours = rank_jobs.complete(context, str(folder), [prompt], 24, {}, limits)
+    assert ours == [theirs[0, prompt_len:].tolist()]
