@@ -7,6 +7,7 @@ __all__ = [
     "ConfigError",
     "DoesNotFitError",
     "IntegrityError",
+    "OutputClosedError",
     "PreflightError",
     "RankLostError",
     "ShardlineError",
@@ -42,6 +43,12 @@ class DoesNotFitError(ShardlineError):
     """The model, its KV cache or its activations do not fit into the memory given."""
 
     exit_code = 6
+
+
+class OutputClosedError(ShardlineError):
+    """Whoever read the output has gone; the exit code is that of a program ended by SIGPIPE."""
+
+    exit_code = 141
 
 
 class RankLostError(ShardlineError):

@@ -4,6 +4,7 @@ code.
 Commands import what is heavy inside their functions, so that `--help` answers at once.
 """
 
+import contextlib
 import os
 import sys
 import traceback
@@ -68,6 +69,7 @@ def _end(error: ShardlineError, exit_code: int) -> None:
 
 def _leave(exit_code: int) -> None:
     """Exit without waiting for communication threads, which may hang once a peer is gone."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    with contextlib.suppress(BrokenPipeError):
+        sys.stdout.flush()
+        sys.stderr.flush()
     os._exit(exit_code)

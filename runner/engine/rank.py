@@ -6,7 +6,7 @@ import torch
 
 from parallel.collectives import as_rank_error, broadcast_bytes
 from parallel.context import ParallelContext
-from parallel.errors import ConfigError, ShardlineError
+from parallel.errors import ConfigError, OutputClosedError, ShardlineError
 from parallel.launch import RankEnv
 from runner.engine.control import Control
 from runner.engine.engine import Engine
@@ -57,6 +57,9 @@ def run_rank(job: Job, env: RankEnv, front: Front | None) -> None:
         _run(job, env, front, phase)
     except ShardlineError:
         raise
+    except BrokenPipeError as error:
+        message = "standard output was closed before the text was complete"
+        raise OutputClosedError(message) from error
     except Exception as error:
         raise as_rank_error(error, phase.name) from error
 

@@ -94,6 +94,16 @@ def test_single_rank_obeys_interrupt(model: Path) -> None:
     assert ends(job, model)[0] == 130
 
 
+def test_closed_output_ends_all_ranks(model: Path) -> None:
+    job = generating(model)
+    assert job.stdout is not None
+    job.stdout.close()
+    assert job.stderr is not None
+    assert "standard output was closed" in job.stderr.readlines()[-1]
+    assert job.wait(EXIT_WITHIN_S) == 141
+    assert wait_until_gone(str(model), timeout_s=EXIT_WITHIN_S) == []
+
+
 def test_ranks_die_with_their_launcher(model: Path) -> None:
     job = generating(model)
     assert len(processes_naming(str(model))) == 3

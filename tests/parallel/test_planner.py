@@ -233,14 +233,25 @@ def test_stages_know_what_they_run_and_what_they_send() -> None:
     assert (first.padded_vocab, last.padded_vocab) == (5, 10)
 
 
-def test_ranks_hold_the_tensors_of_their_stage_alone() -> None:
-    plan = divide([2, 1])
+def test_ranks_hold_the_layers_of_their_stage_alone() -> None:
+    """Twelve layers, so that layer 1 is told from 10 and 11."""
+    plan = divide([2, 1, 1], TINY | {"num_hidden_layers": 12})
+    for rank in plan.ranks:
+        held = {int(name.split(".")[1]) for name in names(plan, rank.rank) if "layers." in name}
+        assert held == set(range(*plan.stages[rank.stage].layers))
+    assert [stage.layers for stage in plan.stages] == [(0, 6), (6, 9), (9, 12)]
     assert names(plan, 0) == names(plan, 1)
-    assert {name.partition(".attention")[0] for name in names(plan, 2) if "qkv" in name} == {
-        "layers.2"
-    }
-    assert {"norm.weight", "lm_head.weight"} <= names(plan, 2)
-    assert not names(plan, 0) & names(plan, 2)
+
+
+def test_a_stage_costs_what_a_step_reads() -> None:
+    """All weights in the plan's dtype but the embedding, which is looked up."""
+    plan = divide([2, 1, 1], TINY | {"num_hidden_layers": 12}, dtype="bfloat16")
+    layer = 2 * (20 * (18 + 6 + 6 + 18) + 3 * 20 * 30 + 2 * 20)
+    assert [stage.cost for stage in plan.stages] == [
+        6 * layer,
+        3 * layer,
+        3 * layer + 2 * (20 + 10 * 20),
+    ]
 
 
 def test_an_explicit_cut_is_followed() -> None:

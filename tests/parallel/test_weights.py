@@ -359,7 +359,7 @@ UNEVEN = Model(LLAMA, 2, hidden=10, mlp=97, vocab=31, kv_heads=3, group=3, head_
 @given(models(), TP_SIZES, st.integers(1, 3), st.booleans())
 @example(UNEVEN, [2], 1, False)
 @example(UNEVEN, [4], 1, False)
-@example(UNEVEN, [3, 2, 1], 2, True)
+@example(replace(UNEVEN, num_layers=12), [3, 2, 1], 2, True)
 @example(replace(UNEVEN, vocab=5), [8], 1, False)
 def test_all_ranks_together_hold_the_checkpoint(
     model: Model, tp_sizes: list[int], num_files: int, is_base: bool
@@ -408,8 +408,8 @@ def test_a_file_that_breaks_after_planning_is_named_with_its_tensor(tmp_path: Pa
     )
 
 
-LARGE = Model(LLAMA, 2, hidden=1024, mlp=4096, vocab=24_000, kv_heads=4, group=4, head_dim=64)
-"""320 MB, of which the embedding and the head are the largest tensors with 98 MB each."""
+LARGE = Model(LLAMA, 1, hidden=1024, mlp=24_576, vocab=1024, kv_heads=4, group=4, head_dim=64)
+"""320 MB, nearly all of it in three matrices of the MLP, which are read last."""
 
 
 @pytest.fixture(scope="module")
@@ -419,13 +419,13 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 @pytest.mark.dist
 @pytest.mark.parametrize("tp_size", [1, 2])
-def test_loading_takes_the_slices_and_one_tensor(
+def test_loading_takes_the_slices_and_one_block(
     tp_size: int, large: str, rank_pool: RankPool
 ) -> None:
     """A reader of whole tensors is measured, too, to show that the limit tells the two apart."""
-    largest = max(4 * math.prod(shape) for shape in LARGE.shapes().values())
+    largest = max(4 * math.prod(shape) for shape in LARGE.shapes().values()) // tp_size
     sliced = rank_pool.run(parallel_jobs.load_memory, [tp_size], large, False)
     whole = rank_pool.run(parallel_jobs.load_memory, [tp_size], large, True)
     for (weight_bytes, peak), (_, peak_of_whole) in zip(sliced, whole, strict=True):
-        limit = weight_bytes + largest + 100_000_000
+        limit = weight_bytes + largest + 20_000_000
         assert 0.99 * weight_bytes < peak <= limit < peak_of_whole
