@@ -6,7 +6,7 @@ the slices.
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +17,8 @@ from parallel.errors import IntegrityError
 INDEX_FILE = "model.safetensors.index.json"
 SINGLE_FILE = "model.safetensors"
 
-_ITEM_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2}
+LOADABLE_BYTES = {"F32": 4, "F16": 2, "BF16": 2}
+"""Bytes of an element of each dtype that can be loaded, as safetensors spells it."""
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,7 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * _ITEM_BYTES[self.dtype]
+        return math.prod(self.shape) * LOADABLE_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -56,18 +57,21 @@ class Checkpoint:
         """Read the index and every file's header.
 
         Raises:
-            IntegrityError: no checkpoint, a file that is absent, truncated or corrupt, a tensor
-                that the index promises and its file lacks, or a dtype that cannot be loaded.
+            IntegrityError: no checkpoint, a file that is absent, truncated or corrupt, or a tensor
+                that the index promises and its file lacks.
         """
         promised = _read_index(folder)
         tensors: dict[str, TensorInfo] = {}
         for file in sorted(set(promised.values())) or [folder / SINGLE_FILE]:
-            found = _read_header(file)
-            for name in [n for n, f in promised.items() if f == file and n not in found]:
-                raise IntegrityError(
-                    f"{file}: tensor {name} is missing, though {INDEX_FILE} places it here"
-                )
-            tensors.update(found)
+            placed = [name for name, owner in promised.items() if owner == file]
+            found = _read_header(file, placed)
+            for name in placed:
+                if name not in found:
+                    raise IntegrityError(
+                        f"{file}: tensor {name} is missing, though {INDEX_FILE} places it here"
+                    )
+            # A file may hold more than the index says; what it places elsewhere is read there.
+            tensors |= {n: info for n, info in found.items() if promised.get(n, file) == file}
         return cls(folder, tensors)
 
     def with_prefix(self, prefix: str) -> "Checkpoint":
@@ -85,7 +89,7 @@ class Checkpoint:
 
 
 def _read_index(folder: Path) -> dict[str, Path]:
-    """Tensor name -> file, as the index says; empty where there is a single file without an index."""
+    """Tensor name -> file, as the index says; empty where a single file has no index."""
     index = folder / INDEX_FILE
     if not index.exists():
         if not (folder / SINGLE_FILE).exists():
@@ -97,10 +101,12 @@ def _read_index(folder: Path) -> dict[str, Path]:
     try:
         weight_map = json.loads(index.read_text())["weight_map"]
         files = {str(name): folder / str(file) for name, file in weight_map.items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise IntegrityError(
-            f"{index}: not a safetensors index ({error!r}); copy it again"
-        ) from None
+    except OSError as error:
+        raise IntegrityError(f"{index}: cannot be read ({error.strerror})") from None
+    except (ValueError, KeyError, TypeError, AttributeError):
+        raise IntegrityError(f"{index}: not a safetensors index; copy it again") from None
+    if not files:
+        raise IntegrityError(f"{index}: names no tensors; copy it again")
     for name, file in files.items():
         if not file.exists():
             raise IntegrityError(
@@ -109,17 +115,18 @@ def _read_index(folder: Path) -> dict[str, Path]:
     return files
 
 
-def _read_header(file: Path) -> dict[str, TensorInfo]:
+def _read_header(file: Path, placed: Sequence[str]) -> dict[str, TensorInfo]:
+    """What a file holds; `placed` is what the index says that it does."""
     try:
         with safe_open(file, framework="np") as handle:
             slices = {name: handle.get_slice(name) for name in handle.keys()}  # noqa: SIM118
-            found = {
+            return {
                 name: TensorInfo(file, part.get_dtype(), tuple(part.get_shape()))
                 for name, part in slices.items()
             }
     except (SafetensorError, OSError) as error:
+        lost = f"; {placed[0]} and {len(placed) - 1} more tensors are in it" if placed else ""
         raise IntegrityError(
-            f"{file}: truncated or corrupt ({error}); {file.stat().st_size} bytes on disk; copy "
-            f"it again"
+            f"{file}: truncated or corrupt ({error}); {file.stat().st_size} bytes on disk{lost}; "
+            f"copy it again"
         ) from None
-    return found

@@ -16,7 +16,7 @@ __all__ = [
 
 
 class ShardlineError(Exception):
-    """An error with one clear line for the user: what was given, what is allowed, what to change."""
+    """One clear line for the user: what was given, what is allowed, what to change."""
 
     exit_code = 1
 

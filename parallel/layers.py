@@ -52,10 +52,12 @@ class QKVParallelLinear(MergedColumnParallelLinear):
     def __init__(self, in_features: int, heads: HeadShare, head_dim: int, *, bias: bool) -> None:
         kv_size = heads.num_kv * head_dim
         super().__init__(in_features, (heads.num_query * head_dim, kv_size, kv_size), bias=bias)
+        self.head_counts = (heads.num_query, heads.num_kv, heads.num_kv)
         self.head_dim = head_dim
 
     def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
-        return tuple(part.view(len(x), -1, self.head_dim) for part in super().forward(x))
+        parts = zip(super().forward(x), self.head_counts, strict=True)
+        return tuple(part.view(len(x), count, self.head_dim) for part, count in parts)
 
 
 class RowParallelLinear(nn.Module):

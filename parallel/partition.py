@@ -29,6 +29,8 @@ class Unit:
     cost: int
 
 
+_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+
 Cut = tuple[tuple[Unit, ...], ...]
 """The units of each stage."""
 
@@ -115,6 +117,12 @@ def _matching(units: Sequence[Unit], pattern: str, stage: int) -> list[Unit]:
             f"from "
             f"{units[0].name} to {units[-1].name}, the nearest is {near[0]}"
         )
+    last = max(int(stop) for _, stop in _RANGE.findall(pattern)) if "{" in pattern else None
+    if last is not None and not any(_covers(_RANGE.sub(str(last), pattern), u.name) for u in units):
+        raise ConfigError(
+            f"parallel.stages: {pattern!r} of stage {stage} goes beyond {matches[-1].name}, the "
+            "last module of that name; end the range there"
+        )
     return matches
 
 
@@ -124,6 +132,6 @@ def _covers(pattern: str, name: str) -> bool:
 
 
 def _segment_covers(part: str, segment: str) -> bool:
-    if numbers := re.fullmatch(r"\{(\d+)\.\.(\d+)\}", part):
+    if numbers := _RANGE.fullmatch(part):
         return segment.isdigit() and int(numbers[1]) <= int(segment) <= int(numbers[2])
     return part in ("*", segment)

@@ -8,8 +8,8 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from parallel.checkpoint import Checkpoint, TensorInfo
-from parallel.errors import IntegrityError
+from parallel.checkpoint import LOADABLE_BYTES, Checkpoint, TensorInfo
+from parallel.errors import ConfigError, IntegrityError
 from parallel.layout import ModelLayout, Split
 from parallel.partition import Cut, Unit, cut_by_cost, cut_by_patterns
 from parallel.plan import (
@@ -23,8 +23,6 @@ from parallel.plan import (
 )
 from parallel.rules import LAYER, Rule, check_strict, expand
 from parallel.topology import Topology
-
-_LOADABLE = ("F32", "F16", "BF16")
 
 
 @dataclass(frozen=True)
@@ -76,6 +74,7 @@ def make_plan(
 
     units = _units(layout, rules, checkpoint.tensors, DTYPE_BYTES[dtype])
     cut = cut_by_patterns(units, stages) if stages else cut_by_cost(units, topology.tp_sizes)
+    _check_embeddings_together(layout, cut)
     divider = _Divider(layout, rules, topology, cut, dtype, limits)
     return ShardPlan(
         architecture=architecture,
@@ -117,10 +116,10 @@ def _check_tensors(rules: Sequence[Rule], layout: ModelLayout, checkpoint: Check
     for rule in rules:
         for source in rule.sources:
             info = checkpoint.tensors[source.name]
-            if info.dtype not in _LOADABLE:
+            if info.dtype not in LOADABLE_BYTES:
                 raise IntegrityError(
                     f"{info.file}: tensor {source.name} has dtype {info.dtype}; "
-                    f"{', '.join(_LOADABLE)} can be loaded"
+                    f"{', '.join(LOADABLE_BYTES)} can be loaded"
                 )
             expected = rule.stored_shape(source, totals)
             if info.shape != expected:
@@ -129,6 +128,17 @@ def _check_tensors(rules: Sequence[Rule], layout: ModelLayout, checkpoint: Check
                     f"config.json "
                     f"implies {list(expected)}"
                 )
+
+
+def _check_embeddings_together(layout: ModelLayout, cut: Cut) -> None:
+    """They are added up before the first layer, so one stage holds them all."""
+    names = [name for name, _ in layout.embeddings]
+    first = {unit.name for unit in cut[0]}
+    if late := [name for name in names if name not in first]:
+        raise ConfigError(
+            f"parallel.stages: {late[0]} is in another stage than {names[0]}; put "
+            f"{' and '.join(names)} into stage 0"
+        )
 
 
 @dataclass(frozen=True)

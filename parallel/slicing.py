@@ -39,7 +39,7 @@ def width_split(total: int, parts: int) -> tuple[Range, ...]:
     """
     if parts > total:
         raise ConfigError(
-            f"a width of {total} cannot be split over {parts} ranks; use 1 to {total}"
+            f"tensor_parallel_size={parts} exceeds intermediate_size={total}; use 1 to {total}"
         )
     widest = -(-total // parts)
     for granularity in _GRANULARITIES:

@@ -79,9 +79,8 @@ class Topology:
     def carry_source(self, rank: int) -> int | None:
         """The rank that sends `rank` its carries; None on the first stage.
 
-        A carry is equal on all ranks of the sending stage, so any of them can send it: receiver r
-            takes it from
-        sender r modulo the sender's tensor-parallel size, which spreads the sends.
+        A carry is equal on all ranks of the sending stage, so any of them can send it: receiver
+        r takes it from sender r modulo the sender's tensor-parallel size, which spreads the sends.
         """
         here = self.coordinate(rank)
         if here.stage == 0:

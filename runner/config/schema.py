@@ -198,7 +198,7 @@ class DistributedConfig(Section):
     """Seconds that the ranks have to find each other at the start."""
 
     collective_timeout_s: Seconds | None = None
-    """Seconds that one collective may take before its job ends; null means 30 on GPUs, 600 on a CPU."""
+    """Seconds that one collective may take; null means 30 on GPUs and 600 on a CPU."""
 
 
 class RunnerConfig(Section):

@@ -62,7 +62,7 @@ def test_width_split_tiles_and_leaves_no_rank_without(data: st.DataObject, parts
 def test_width_split_refuses_more_ranks_than_columns() -> None:
     with pytest.raises(ConfigError) as caught:
         width_split(3, 4)
-    assert str(caught.value) == "a width of 3 cannot be split over 4 ranks; use 1 to 3"
+    assert str(caught.value) == "tensor_parallel_size=4 exceeds intermediate_size=3; use 1 to 3"
 
 
 def test_padded_split_gives_every_rank_the_same_local_size() -> None:

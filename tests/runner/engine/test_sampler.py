@@ -19,7 +19,7 @@ from runner.engine.sampler import sample, uniform
 from runner.engine.sequence import Sequence
 
 NUM_DRAWS = 4000
-PROMPT = (3, 5, 5, 0)
+PROMPT = (3, 5, 5, 1)
 LOGITS = torch.tensor([1.3, -0.4, 2.2, 2.9, 0.1, 1.9, -1.5, 0.8, 2.5, -0.2, 1.0, 0.4])
 
 PARAMS: dict[str, dict[str, Any]] = {
@@ -104,15 +104,16 @@ def test_allowed_tokens_of_many_logits() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_greedy_takes_the_likeliest_and_obeys_the_penalty(dtype: torch.dtype) -> None:
-    logits = torch.stack([LOGITS, -LOGITS, LOGITS, LOGITS]).to(dtype)
+    logits = torch.stack([LOGITS, -LOGITS, LOGITS, LOGITS, LOGITS - 5]).to(dtype)
     greedy: dict[str, Any] = {"temperature": 0.0, "top_k": 3, "top_p": 0.1, "min_p": 0.9}
     sequences = [
         sequence(**greedy),
         sequence(**greedy),
         sequence(**greedy, repetition_penalty=1.5),
         sequence(**greedy, ids=(3, 8), repetition_penalty=1.5),
+        sequence(**greedy, ids=(3, 8), repetition_penalty=1.5),  # logits below 0 are multiplied
     ]
-    assert sample(logits, sequences).tolist() == [3, 6, 8, 2]
+    assert sample(logits, sequences).tolist() == [3, 6, 8, 2, 2]
 
 
 def test_ties_go_to_the_lowest_id() -> None:

@@ -154,6 +154,7 @@ def test_a_stop_token_ends_a_sequence_but_not_within_the_prompt() -> None:
         return outputs
 
     ids = [token(3, position) for position in (2, 3, 4)]
+    assert Sequence.of(request(3, 2, 9, 1)).finish_reason() is None
     assert end(9, ids[2])[-1] == Output(3, ids[2], "stop")
     assert end(3, ids[2])[-1] == Output(3, ids[2], "stop")  # the last one allowed, too
     assert end(2, ids[2])[-1] == Output(3, ids[1], "length")
