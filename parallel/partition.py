@@ -113,12 +113,11 @@ def _matching(units: Sequence[Unit], pattern: str, stage: int) -> list[Unit]:
     if not matches:
         near = difflib.get_close_matches(pattern, [unit.name for unit in units], n=1, cutoff=0.0)
         raise ConfigError(
-            f"parallel.stages: {pattern!r} of stage {stage} matches no module; the modules run "
-            f"from "
-            f"{units[0].name} to {units[-1].name}, the nearest is {near[0]}"
+            f"parallel.stages: {pattern!r} of stage {stage} matches no module; the modules "
+            f"run from {units[0].name} to {units[-1].name}, the nearest is {near[0]}"
         )
-    last = max(int(stop) for _, stop in _RANGE.findall(pattern)) if "{" in pattern else None
-    if last is not None and not any(_covers(_RANGE.sub(str(last), pattern), u.name) for u in units):
+    end_of_range = _RANGE.sub(lambda numbers: numbers[2], pattern)
+    if not any(_covers(end_of_range, unit.name) for unit in units):
         raise ConfigError(
             f"parallel.stages: {pattern!r} of stage {stage} goes beyond {matches[-1].name}, the "
             "last module of that name; end the range there"

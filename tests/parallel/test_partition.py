@@ -152,6 +152,12 @@ def test_the_patterns_of_one_stage_may_stand_in_any_order() -> None:
             "model.embed_tokens to lm_head, the nearest is model.layers.3",
             id="beyond the last layer",
         ),
+        pytest.param(
+            [["model.embed_tokens", "model.layers.{0..1}"], ["model.layers.{2..7}", "*", "*.*"]],
+            "'model.layers.{2..7}' of stage 1 goes beyond model.layers.3, the last module of that "
+            "name; end the range there",
+            id="partly beyond the last layer",
+        ),
     ],
 )
 def test_a_cut_that_cannot_be_is_refused(stages: list[list[str]], message: str) -> None:
