@@ -1,6 +1,7 @@
-"""The collectives that a sharded model needs, each the identity in a group of one rank.
+"""What ranks tell one another within a group; each is the identity in a group of one rank.
 
-They are functional ops, so `torch.export` and `torch.compile` see them as nodes of the graph.
+`all_reduce` and `all_gather` belong to a model: they are functional ops, so `torch.export` and
+`torch.compile` see them as nodes of the graph. The others carry a few bytes between steps.
 Point-to-point transfers between stages are `parallel.transfer`.
 """
 
@@ -8,12 +9,6 @@ from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
-
-from parallel.errors import RankLostError, StalledError
-
-_LATE = ("Timed out waiting", "Watchdog caught collective operation timeout", "wait timeout after")
-_GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "Connection refused")
-"""How gloo, NCCL and the store word it that another rank is late, or gone."""
 
 
 @dataclass(frozen=True)
@@ -89,20 +84,6 @@ def minimum(value: int, group: Group) -> int:
     if group.process_group is not None:
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=group.process_group)
     return int(agreed.item())
-
-
-def as_rank_error(error: Exception, doing: str) -> RankLostError:
-    """What an exception in the middle of a job says about the ranks.
-
-    Args:
-        doing: what this rank was doing, such as "loading weights".
-    """
-    first_line = str(error).strip().partition("\n")[0]
-    message = f"{type(error).__name__} while {doing}: {first_line}"
-    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LATE):
-        return StalledError(message)
-    gone = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _GONE)
-    return RankLostError(message, peer=gone or isinstance(error, dist.DistError))
 
 
 def _wait(x: torch.Tensor) -> torch.Tensor:

@@ -22,6 +22,7 @@ class ParallelContext:
 
     Attributes:
         world: all ranks.
+        setup: all ranks, with the patience that loading a model needs; for tensors on the CPU.
         tp: the ranks of this rank's stage.
     """
 
@@ -29,6 +30,7 @@ class ParallelContext:
     rank: int
     device: torch.device
     world: Group
+    setup: Group
     tp: Group
 
     @classmethod
@@ -38,7 +40,6 @@ class ParallelContext:
         env: RankEnv,
         *,
         device_type: str,
-        backend: str = "auto",
         init_timeout_s: float = 300,
         collective_timeout_s: float = 30,
     ) -> "ParallelContext":
@@ -46,9 +47,7 @@ class ParallelContext:
 
         Args:
             device_type: "cpu" or "cuda".
-            backend: "nccl", "gloo", or "auto": NCCL on GPUs and gloo on a CPU. Tensors on the CPU
-                always go through gloo.
-            init_timeout_s: how long to wait for the other ranks to appear.
+            init_timeout_s: how long to wait for the other ranks to appear, and to load.
             collective_timeout_s: how long a collective may take before it is an error.
 
         Raises:
@@ -58,16 +57,20 @@ class ParallelContext:
         topology.check_world_size(env.world_size)
         device = _device(topology.devices[env.rank], device_type)
         if topology.world_size == 1:
-            return cls(topology, 0, device, Group.alone(), Group.alone())
+            return cls(topology, 0, device, *[Group.alone()] * 3)
         dist.init_process_group(
-            _backends(backend, device_type),
+            "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl",
             store=env.store(timedelta(seconds=init_timeout_s)),
             rank=env.rank,
             world_size=env.world_size,
             timeout=timedelta(seconds=collective_timeout_s),
         )
         return cls.over_initialized(
-            topology, env.rank, device, collective_timeout_s=collective_timeout_s
+            topology,
+            env.rank,
+            device,
+            init_timeout_s=init_timeout_s,
+            collective_timeout_s=collective_timeout_s,
         )
 
     @classmethod
@@ -77,6 +80,7 @@ class ParallelContext:
         rank: int,
         device: torch.device,
         *,
+        init_timeout_s: float = 300,
         collective_timeout_s: float = 30,
     ) -> "ParallelContext":
         """Make the groups of `topology` within a process group that is already initialized.
@@ -85,13 +89,15 @@ class ParallelContext:
         this, too, and get a context that no one may use.
         """
         timeout = timedelta(seconds=collective_timeout_s)
-        world = _group(rank, range(topology.world_size), timeout)
+        everyone = range(topology.world_size)
+        world = _group(rank, everyone, timeout)
+        setup = _group(rank, everyone, timedelta(seconds=init_timeout_s))
         tp = Group.alone(rank)
         for stage in range(topology.num_stages):
             group = _group(rank, topology.ranks(stage), timeout)
             if rank in topology.ranks(stage):
                 tp = group
-        return cls(topology, rank, device, world, tp)
+        return cls(topology, rank, device, world, setup, tp)
 
     @property
     def coordinate(self) -> Coordinate:
@@ -122,13 +128,6 @@ def _device(index: int, device_type: str) -> torch.device:
     device = torch.device("cuda", index)
     torch.cuda.set_device(device)
     return device
-
-
-def _backends(backend: str, device_type: str) -> str:
-    """The backend of each device type, as torch spells it."""
-    if device_type == "cpu":
-        return "gloo"
-    return f"cpu:gloo,cuda:{'nccl' if backend == 'auto' else backend}"
 
 
 def _group(rank: int, ranks: range, timeout: timedelta) -> Group:

@@ -7,6 +7,7 @@ __all__ = [
     "ConfigError",
     "DoesNotFitError",
     "IntegrityError",
+    "InternalError",
     "OutputClosedError",
     "PreflightError",
     "RankLostError",
@@ -19,6 +20,8 @@ class ShardlineError(Exception):
     """One clear line for the user: what was given, what is allowed, what to change."""
 
     exit_code = 1
+    rank: str | None = None
+    """Which rank of a job raised it; None: it was found before there were ranks."""
 
 
 class ConfigError(ShardlineError, ValueError):
@@ -43,6 +46,10 @@ class DoesNotFitError(ShardlineError):
     """The model, its KV cache or its activations do not fit into the memory given."""
 
     exit_code = 6
+
+
+class InternalError(ShardlineError):
+    """A defect of shardline itself."""
 
 
 class OutputClosedError(ShardlineError):

@@ -16,13 +16,13 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from types import FrameType
+from types import FrameType, MappingProxyType
 from typing import TYPE_CHECKING, Any
 
-from parallel.errors import ConfigError, RankLostError, ShardlineError
+from parallel.errors import ConfigError, RankLostError, ShardlineError, StalledError
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
@@ -119,13 +119,20 @@ def report(env: RankEnv, failure: Failure) -> None:
         os.write(env.report_fd, json.dumps(asdict(failure)).encode())
 
 
-def run_ranks(command: Sequence[str], world_size: int, *, describe: Callable[[int], str]) -> None:
+def run_ranks(
+    command: Sequence[str],
+    world_size: int,
+    *,
+    describe: Callable[[int], str],
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> None:
     """Run `command` once a rank and wait; returns when all ranks ended well.
 
     No process outlives this call, whatever ends it.
 
     Args:
         describe: a rank's name for messages, such as "rank 2 (stage 1, tp rank 0)".
+        environment: what each rank gets beside this process's environment and its own place.
 
     Raises:
         ShardlineError: a rank failed; its message names the rank that failed first, its exit code
@@ -138,7 +145,7 @@ def run_ranks(command: Sequence[str], world_size: int, *, describe: Callable[[in
         ranks: list[_Rank] = []
         stack.callback(_stop, ranks)
         for rank in range(world_size):
-            ranks.append(_Rank.start(command, rank, world_size, listener))
+            ranks.append(_Rank.start(command, rank, world_size, listener, environment))
         _watch(ranks, describe)
 
 
@@ -161,14 +168,19 @@ class _Rank:
 
     @classmethod
     def start(
-        cls, command: Sequence[str], rank: int, world_size: int, listener: socket.socket
+        cls,
+        command: Sequence[str],
+        rank: int,
+        world_size: int,
+        listener: socket.socket,
+        environment: Mapping[str, str],
     ) -> "_Rank":
         reports, report_fd = os.pipe()
         fds = (report_fd, listener.fileno()) if rank == 0 else (report_fd,)
         try:
             process = subprocess.Popen(
                 command,
-                env=_environment(rank, world_size, listener, report_fd),
+                env={**_environment(rank, world_size, listener, report_fd), **environment},
                 pass_fds=fds,
                 start_new_session=True,  # a Ctrl-C reaches the launcher alone
                 stdin=subprocess.DEVNULL,
@@ -182,6 +194,9 @@ class _Rank:
         code = self.process.wait()
         if self.text:
             return Failure(**json.loads(self.text))
+        if code == -signal.SIGABRT:
+            # NCCL's watchdog aborts a rank whose peers do not answer.
+            return Failure("killed by SIGABRT", RankLostError.exit_code, secondary=True)
         if code < 0:
             return Failure(f"killed by {signal.Signals(-code).name}", RankLostError.exit_code)
         if code > 0:
@@ -233,12 +248,21 @@ def _watch(ranks: Sequence[_Rank], describe: Callable[[int], str]) -> None:
             if not events or (deadline is not None and time.monotonic() > deadline):
                 break
     if failures:
-        rank, failure = min(failures, key=lambda pair: pair[1].secondary)
-        silent = [describe(r.rank) for r in ranks if r.process.poll() is None]
-        blame = (
-            f"; no sign of life from {', '.join(silent)}" if failure.secondary and silent else ""
-        )
-        raise _JobError(f"{describe(rank.rank)}: {failure.message}{blame}", failure.exit_code)
+        raise _job_error(failures, [r for r in ranks if r.process.poll() is None], describe)
+
+
+def _job_error(
+    failures: Sequence[tuple[_Rank, Failure]],
+    silent: Sequence[_Rank],
+    describe: Callable[[int], str],
+) -> ShardlineError:
+    """Blame the first that failed of itself; where all waited in vain, those that are silent."""
+    rank, failure = min(failures, key=lambda pair: pair[1].secondary)
+    message = f"{describe(rank.rank)}: {failure.message}"
+    if failure.secondary and silent:
+        names = ", ".join(describe(other.rank) for other in silent)
+        return _JobError(f"{message}; no sign of life from {names}", StalledError.exit_code)
+    return _JobError(message, failure.exit_code)
 
 
 def _ended(events: Any, selector: selectors.BaseSelector) -> Iterator[_Rank]:

@@ -51,7 +51,6 @@ class ModelLayout:
     num_heads: int
     num_kv_heads: int
     head_dim: int
-    max_positions: int
 
     def heads(self, tp_size: int) -> tuple[HeadShare, ...]:
         return split_heads(self.num_heads, self.num_kv_heads, tp_size)

@@ -24,6 +24,9 @@ from parallel.plan import (
 from parallel.rules import LAYER, Rule, check_strict, expand
 from parallel.topology import Topology
 
+MASK_ROWS = 512
+"""Queries that attention masks at a time, over the whole length of a sequence."""
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -189,7 +192,7 @@ class _Divider:
             tensors=tensors,
             weight_bytes=sum(math.prod(t.shape) for t in tensors) * item_bytes,
             kv_bytes_per_token=2 * heads.num_kv * self.layout.head_dim * num_layers * item_bytes,
-            activation_bytes=self._activation_bytes(rank, stage) * item_bytes,
+            activation_bytes=self._activation_bytes(rank, stage),
         )
 
     def _splits(self, stage: int) -> Mapping[str, Split]:
@@ -204,25 +207,27 @@ class _Divider:
         return [rule for rule in here if not (rule.tied and "embed_tokens" in modules)]
 
     def _activation_bytes(self, rank: int, stage: StagePlan) -> int:
-        """Elements alive at once in one step, an upper estimate.
+        """Bytes alive at once in one step, an upper estimate for the eager kernels.
 
-        Three buffers of (tokens, hidden), the larger of attention (QKV and its output) and MLP
-        (gate, up and their product), keys and values of the longest sequence gathered for every
-        query head, and on the last stage the logits of all sequences, gathered, in float32 and
-        once more sorted.
+        Three buffers of (tokens, hidden) and two in float32 of a norm; the larger of attention and
+        MLP; and on the last stage the logits. Attention holds QKV, rotated Q and K, its output, the
+        keys and values of the longest sequence for every query head, and a mask of one chunk of
+        queries as bool and as numbers. The MLP holds gate, up, the activation and the product. The
+        sampler holds the logits, in float32, and six sorted columns of eight bytes.
         """
         here = self.topology.coordinate(rank)
         tp_size = self.topology.tp_sizes[here.stage]
         heads = self.layout.heads(tp_size)[here.tp_rank]
         mlp = self._splits(here.stage)["mlp"].ranges[here.tp_rank]
-        head_dim = self.layout.head_dim
-        tokens = self.limits.max_num_batched_tokens
-        attention = tokens * (2 * heads.num_query + 2 * heads.num_kv) * head_dim
-        gathered = self.limits.max_model_len * 2 * (heads.num_kv + heads.num_query) * head_dim
-        layer = max(attention + gathered, tokens * 3 * (mlp[1] - mlp[0]))
-        float32 = 4 // DTYPE_BYTES[self.dtype]
-        logits = self.limits.max_num_seqs * stage.padded_vocab * tp_size * (1 + 2 * float32)
-        return 3 * tokens * self.layout.hidden_size + layer + (logits if stage.has_head else 0)
+        item_bytes, head_dim = DTYPE_BYTES[self.dtype], self.layout.head_dim
+        tokens, longest = self.limits.max_num_batched_tokens, self.limits.max_model_len
+        residual = tokens * self.layout.hidden_size * (3 * item_bytes + 2 * 4)
+        projected = tokens * 3 * (heads.num_query + heads.num_kv) * head_dim * item_bytes
+        gathered = longest * 2 * (heads.num_kv + heads.num_query) * head_dim * item_bytes
+        mask = min(tokens, MASK_ROWS) * longest * (1 + item_bytes)
+        layer = max(projected + gathered + mask, tokens * 4 * (mlp[1] - mlp[0]) * item_bytes)
+        logits = self.limits.max_num_seqs * stage.padded_vocab * tp_size * (item_bytes + 4 + 6 * 8)
+        return residual + layer + (logits if stage.has_head else 0)
 
 
 def _in(rule: Rule, modules: set[str]) -> bool:

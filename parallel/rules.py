@@ -81,12 +81,10 @@ class Rule:
 
 
 def expand(rules: Sequence[Rule], num_layers: int) -> list[Rule]:
-    """The rules with every `*` replaced by each layer index in turn."""
-    expanded: list[Rule] = []
-    for rule in rules:
-        layers = range(num_layers) if LAYER in rule.target else range(1)
-        expanded.extend(rule.at(layer) for layer in layers)
-    return expanded
+    """The rules with every `*` replaced by each layer index in turn, layer by layer."""
+    outer = [rule for rule in rules if LAYER not in rule.target]
+    inner = [rule for rule in rules if LAYER in rule.target]
+    return [*outer, *(rule.at(layer) for layer in range(num_layers) for rule in inner)]
 
 
 def check_strict(

@@ -62,7 +62,7 @@ def plan_of(config: RunnerConfig, spec: ModelSpec) -> ShardPlan:
         spec.checkpoint,
         topology_of(config),
         architecture=spec.config.architecture,
-        dtype=spec.config.dtype if config.model.dtype == "auto" else config.model.dtype,
+        dtype=spec.dtype if config.model.dtype == "auto" else config.model.dtype,
         limits=limits,
         stages=patterns or None,
     )

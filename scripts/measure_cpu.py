@@ -92,7 +92,7 @@ def measure_load(folder: str, tp_size: int, rank: int) -> dict[str, Any]:
     job = rank_jobs.prepare(folder, [tp_size], {"model.dtype": "bfloat16"})
     # Loading needs no peers, so each rank is measured by itself.
     alone = Group.alone(rank)
-    context = ParallelContext(job.plan.topology, rank, torch.device("cpu"), alone, alone)
+    context = ParallelContext(job.plan.topology, rank, torch.device("cpu"), *[alone] * 3)
     gc.collect()
     before, peak, done = rss_anon(), 0, threading.Event()
 

@@ -11,8 +11,8 @@ import traceback
 
 import typer
 
-from parallel.errors import RankLostError, ShardlineError
-from parallel.launch import Failure, Interrupted, adopt, report
+from parallel.errors import InternalError, RankLostError, ShardlineError
+from parallel.launch import Failure, Interrupted, RankEnv, adopt, report
 from runner.cli.doctor import doctor
 from runner.cli.generate import generate
 from runner.cli.import_model import import_model
@@ -23,6 +23,7 @@ app = typer.Typer(
     help="Cut a model by a YAML file into tensor- and pipeline-parallel shards; run it offline.",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode=None,  # rich doubles the time that --help takes
     add_completion=False,
 )
 
@@ -42,29 +43,36 @@ app.command("generate")(generate)
 
 
 def main() -> None:
-    """Run the command; exits with the code of the design's table, never with a traceback."""
+    """Run the command; ends with an exit code of the README's table, and a traceback only if
+    asked.
+    """
+    # Text that the terminal cannot show must not end a job.
+    sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
+    env = None
     try:
+        env = adopt()
         app()
     except ShardlineError as error:
-        _end(error, error.exit_code)
+        _end(env, error)
     except Interrupted as interrupted:
         _leave(interrupted.exit_code)
     except KeyboardInterrupt:
         _leave(130)
+    except Exception as error:
+        _end(env, InternalError(f"internal error, {type(error).__name__}: {error}"))
 
 
-def _end(error: ShardlineError, exit_code: int) -> None:
+def _end(env: RankEnv | None, error: ShardlineError) -> None:
     """Tell the launcher, or the user where there is none."""
     if "SHARDLINE_DEBUG" in os.environ:
         traceback.print_exc()
-    env = adopt()
     if env and env.report_fd is not None:
         peer = isinstance(error, RankLostError) and error.peer
-        report(env, Failure(str(error), exit_code, secondary=peer))
+        report(env, Failure(str(error), error.exit_code, secondary=peer))
     else:
-        rank = f"rank {env.rank}: " if env else ""
-        print(f"shardline: {rank}{error}", file=sys.stderr)
-    _leave(exit_code)
+        rank = error.rank or (f"rank {env.rank}" if env else None)
+        print(f"shardline: {rank}: {error}" if rank else f"shardline: {error}", file=sys.stderr)
+    _leave(error.exit_code)
 
 
 def _leave(exit_code: int) -> None:

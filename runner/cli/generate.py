@@ -1,13 +1,16 @@
 """`shardline generate`: complete prompts, streaming the text, on as many ranks as the plan has."""
 
+import os
 import secrets
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from runner.cli.options import with_model_options
+from runner.cli.table import plural
 
 if TYPE_CHECKING:
     from runner.config.load import LoadedConfig
@@ -16,6 +19,9 @@ if TYPE_CHECKING:
     from runner.planning import Job
     from runner.text.generation_config import GenerationDefaults
     from runner.text.tokenizer import Tokenizer
+
+
+DEFAULT_MAX_TOKENS = 256
 
 
 @with_model_options
@@ -29,7 +35,12 @@ def generate(
         bool, typer.Option("--chat", help="Each prompt is a user message of a chat.")
     ] = False,
     max_tokens: Annotated[
-        int | None, typer.Option("--max-tokens", min=1, help="Most tokens to generate.")
+        int | None,
+        typer.Option(
+            "--max-tokens",
+            min=1,
+            help=f"Most tokens to generate; else the model folder's, or {DEFAULT_MAX_TOKENS}.",
+        ),
     ] = None,
     temperature: Annotated[
         float | None, typer.Option("--temperature", help="Divides the logits; 0 is greedy.")
@@ -78,14 +89,34 @@ def generate(
             "seed": seed,
         }
         front = _front(job, prompt, chat, max_tokens, asked, stop or [], as_json)
+        if env is None or env.report_fd is None:
+            _say_what_runs(job)
     if env is None and topology.world_size > 1:
-        command = [sys.executable, "-m", "runner", *sys.argv[1:]]
-        run_ranks(command, topology.world_size, describe=topology.describe)
+        run_ranks(
+            # -P: a runner.py in the user's directory is not this package.
+            [sys.executable, "-P", "-m", "runner", *sys.argv[1:]],
+            topology.world_size,
+            describe=topology.describe,
+            environment={"PYTHONPATH": _with_package_root(os.environ.get("PYTHONPATH"))},
+        )
         return
 
     from runner.engine.rank import run_rank
 
     run_rank(job, env or RankEnv(0, 1), front)
+
+
+def _with_package_root(python_path: str | None) -> str:
+    root = str(Path(__file__).parents[2])
+    return f"{root}{os.pathsep}{python_path}" if python_path else root
+
+
+def _say_what_runs(job: "Job") -> None:
+    plan = job.plan
+    sys.stderr.write(
+        f"shardline: eager (not compiled), {plan.dtype}, {plural(len(plan.ranks), 'rank')}, "
+        f"tensor-parallel sizes {list(plan.tp_sizes)}\n"
+    )
 
 
 def _front(
@@ -107,13 +138,14 @@ def _front(
     defaults = GenerationDefaults.load(job.spec.folder)
     requests = make_requests(
         [_encode(job, tokenizer, prompt, chat) for prompt in prompts],
+        vocab_size=job.spec.config.vocab_size,
         max_model_len=job.plan.max_model_len,
-        max_tokens=max_tokens,
-        sampling=_sampling(defaults, asked),
+        max_tokens=max_tokens or defaults.max_new_tokens or DEFAULT_MAX_TOKENS,
+        sampling=[_sampling(defaults, asked) for _ in prompts],
         stop_token_ids=defaults.stop_token_ids,
     )
     completions = [Completion(p, r) for p, r in zip(prompts, requests, strict=True)]
-    output = JsonOutput(completions) if as_json else TextOutput(completions, job.plan)
+    output = JsonOutput(completions) if as_json else TextOutput(completions)
     return BatchFront(
         completions,
         tokenizer,

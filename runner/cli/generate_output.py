@@ -9,16 +9,14 @@ import sys
 import time
 from collections.abc import Sequence
 
-from parallel.plan import ShardPlan
 from runner.engine.completion import Completion
 
 
 class TextOutput:
-    """Streams text to standard output, and says on standard error what runs and how fast."""
+    """Streams text to standard output, and says on standard error how fast."""
 
-    def __init__(self, completions: Sequence[Completion], plan: ShardPlan) -> None:
+    def __init__(self, completions: Sequence[Completion]) -> None:
         self._completions = list(completions)
-        self._plan = plan
         self._current = 0
         self._shown = 0
         self._first_token_at: float | None = None
@@ -27,7 +25,6 @@ class TextOutput:
         """Write what has come since the last call."""
         if self._first_token_at is None:
             self._first_token_at = time.monotonic()
-            self._say_what_runs()
         while self._current < len(self._completions):
             current = self._completions[self._current]
             self._write(current)
@@ -44,13 +41,6 @@ class TextOutput:
         sys.stdout.write(completion.text[self._shown :])
         sys.stdout.flush()
         self._shown = len(completion.text)
-
-    def _say_what_runs(self) -> None:
-        ranks = len(self._plan.ranks)
-        sys.stderr.write(
-            f"shardline: eager (not compiled), {self._plan.dtype}, {ranks} "
-            f"rank{'s' if ranks > 1 else ''}, tensor-parallel sizes {list(self._plan.tp_sizes)}\n"
-        )
 
     def _say_how_fast(self) -> None:
         assert self._first_token_at is not None

@@ -62,10 +62,10 @@ def plan(
     result = _choose(loaded, found, gpus) if auto else _prepare(loaded, found)
 
     typer.echo(_as_json(result, show_config) if as_json else _as_text(result, rank, show_config))
-    if result.fit and not result.fit.fits:
-        raise DoesNotFitError(_shortage(result, result.fit))
     if svg:
         _draw(result.plan, svg)
+    if result.fit and not result.fit.fits:
+        raise DoesNotFitError(_shortage(result, result.fit))
 
 
 @dataclass(frozen=True)

@@ -39,9 +39,6 @@ class ModelConfig(Section):
     path: Text
     """Local directory that holds the model, relative to the working directory; never a hub id."""
 
-    format: Literal["auto", "safetensors"] = "auto"
-    """How the model is stored; auto tells it from the files."""
-
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and activations; auto is that of the checkpoint's config, on a CPU too."""
 
@@ -191,11 +188,8 @@ class KVCacheConfig(Section):
 class DistributedConfig(Section):
     """How the ranks talk, and how long they wait for one another."""
 
-    backend: Literal["auto", "nccl", "gloo"] = "auto"
-    """Library for the collectives; auto is nccl on GPUs and gloo on CPUs."""
-
     init_timeout_s: Seconds = 300.0
-    """Seconds that the ranks have to find each other at the start."""
+    """Seconds that the ranks have to find each other, and to load the model."""
 
     collective_timeout_s: Seconds | None = None
     """Seconds that one collective may take; null means 30 on GPUs and 600 on a CPU."""
@@ -220,10 +214,3 @@ class RunnerConfig(Section):
         if version == 1 and type(version) is not int:
             raise ValueError(f"{version!r} is not allowed; use 1")
         return version
-
-    @model_validator(mode="after")
-    def _sections_agree(self) -> "RunnerConfig":
-        if self.distributed.backend == "nccl" and self.parallel.device == "cpu":
-            message = "nccl needs GPUs, but parallel.device is cpu; use gloo or auto"
-            raise ContradictionError([(("distributed", "backend"), message)])
-        return self

@@ -7,7 +7,7 @@ piece of text as soon as it is certain.
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, IntegrityError
 from runner.engine.control import Control
 from runner.engine.request import Request, SamplingParams
 from runner.engine.scheduler import Output
@@ -36,32 +36,40 @@ class Completion:
 def make_requests(
     prompt_ids: Sequence[Sequence[int]],
     *,
+    vocab_size: int,
     max_model_len: int,
-    max_tokens: int | None,
-    sampling: SamplingParams,
+    max_tokens: int,
+    sampling: Sequence[SamplingParams],
     stop_token_ids: frozenset[int],
 ) -> list[Request]:
-    """One request a prompt, checked against the model's length.
+    """One request a prompt, checked against the model.
 
     Args:
-        max_tokens: None: as many as the model's length leaves room for.
+        max_tokens: fewer where the model's length leaves less room.
+        sampling: one for each prompt.
 
     Raises:
         ConfigError: a prompt is empty, or leaves no room for a single token.
+        IntegrityError: the tokenizer has ids that the model does not know.
     """
     requests = []
-    for index, ids in enumerate(prompt_ids):
+    for index, (ids, params) in enumerate(zip(prompt_ids, sampling, strict=True)):
         room = max_model_len - len(ids)
         if not ids:
             raise ConfigError(f"prompt {index} is empty; give at least one token of text")
         if room < 1:
             raise ConfigError(
                 f"prompt {index} has {len(ids)} tokens, but max_model_len={max_model_len} leaves "
-                f"no "
-                "room to generate; shorten the prompt or raise --max-model-len"
+                "no room to generate; shorten the prompt or raise --max-model-len"
             )
-        length = min(max_tokens or room, room)
-        requests.append(Request(index, tuple(ids), length, sampling, stop_token_ids))
+        if max(ids) >= vocab_size:
+            raise IntegrityError(
+                f"prompt {index} has the token id {max(ids)}, but the model knows {vocab_size} "
+                f"ids; "
+                "tokenizer.json does not belong to this model"
+            )
+        length = min(max_tokens, room)
+        requests.append(Request(index, tuple(ids), length, params, stop_token_ids))
     return requests
 
 
@@ -80,7 +88,7 @@ class BatchFront:
         """
         Args:
             stops: strings that end a completion and are not part of it.
-            on_progress: called when a completion has more text, or is done.
+            on_progress: called after every step that produced tokens.
         """
         self._open = {c.request.request_id: c for c in completions}
         self._detokenizers = {
@@ -121,5 +129,5 @@ class BatchFront:
             completion.finish_reason = "stop" if stopped else output.finish_reason
             if completion.finish_reason:
                 del self._open[output.request_id]
-            if text or completion.finish_reason:
-                self._on_progress()
+        if outputs:
+            self._on_progress()

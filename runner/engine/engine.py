@@ -8,6 +8,7 @@ import torch
 
 from parallel.collectives import broadcast
 from parallel.context import ParallelContext
+from parallel.errors import ConfigError
 from runner.engine.batching import make_batch
 from runner.engine.control import Control
 from runner.engine.sampler import sample
@@ -53,8 +54,18 @@ class Engine:
             return []
         source = self.context.topology.ranks(self.context.topology.last_stage)[0]
         if self.context.rank == source and logits is not None:
+            _check_finite(logits)
             token_ids = sample(logits, sequences)
         else:
             token_ids = torch.empty(len(sequences), dtype=torch.int64, device=self.context.device)
         chosen: list[int] = broadcast(token_ids, source, self.context.world).tolist()
         return chosen
+
+
+def _check_finite(logits: torch.Tensor) -> None:
+    if not logits.isfinite().all():
+        raise ConfigError(
+            f"the model's logits are not finite numbers in "
+            f"{str(logits.dtype).removeprefix('torch.')}; "
+            "use --dtype bfloat16 or float32, or copy the weights again"
+        )

@@ -7,7 +7,8 @@ import torch
 from parallel.collectives import broadcast, minimum
 from parallel.context import ParallelContext
 from parallel.errors import DoesNotFitError
-from parallel.plan import RankPlan
+from parallel.fit import format_bytes
+from parallel.plan import RankPlan, ShardPlan
 from runner.observe.cgroup import read_cgroup_limits
 from runner.observe.host import parse_meminfo
 
@@ -30,19 +31,39 @@ def agree_on_blocks(
     Raises:
         DoesNotFitError: a rank has room for none.
     """
-    wanted = int(broadcast(torch.tensor([wanted]), 0, context.world).item())
+    # The first meeting after loading, which takes some ranks far longer than others.
+    wanted = int(broadcast(torch.tensor([wanted]), 0, context.setup).item())
     block_bytes = rank_plan.kv_bytes_per_token * block_size
     free = _free_bytes(context, utilization) - rank_plan.activation_bytes
     fitting = free // block_bytes if block_bytes else wanted
     agreed = minimum(min(wanted, fitting), context.world)
     if agreed < 1:
+        remedy = "more GPUs, " if context.device.type == "cuda" else ""
         raise DoesNotFitError(
             f"no memory for a KV cache: {max(free, 0) / 2**30:.1f} GiB are left beside the "
-            f"weights, a block of {block_size} tokens takes {block_bytes / 2**20:.1f} MiB; use "
-            "more ranks, a lower scheduler.max_num_batched_tokens, or a higher "
+            f"weights, a block of {block_size} tokens takes {block_bytes / 2**20:.1f} MiB; "
+            f"use {remedy}a lower scheduler.max_num_batched_tokens, or a higher "
             "kv_cache.gpu_memory_utilization"
         )
     return agreed
+
+
+def check_weights_fit(plan: ShardPlan, context: ParallelContext, utilization: float) -> None:
+    """Before anything is read; the ranks of a CPU share its memory.
+
+    Raises:
+        DoesNotFitError: the weights and the activations are more than there is.
+    """
+    sharing = [plan.ranks[context.rank]] if context.device.type == "cuda" else plan.ranks
+    needed = sum(rank.weight_bytes + rank.activation_bytes for rank in sharing)
+    free = _free_bytes(context, utilization) * len(sharing)
+    if needed > free:
+        raise DoesNotFitError(
+            f"weights and activations take {format_bytes(needed)}, {format_bytes(free)} are free "
+            f"on "
+            f"{context.device}; use more GPUs, a smaller --dtype, or a lower --max-model-len or "
+            "scheduler.max_num_batched_tokens"
+        )
 
 
 def _free_bytes(context: ParallelContext, utilization: float) -> int:

@@ -4,13 +4,14 @@ from typing import Protocol
 
 import torch
 
-from parallel.collectives import as_rank_error, broadcast_bytes
+from parallel.collectives import broadcast_bytes
 from parallel.context import ParallelContext
 from parallel.errors import ConfigError, OutputClosedError, ShardlineError
+from parallel.faults import as_rank_error
 from parallel.launch import RankEnv
 from runner.engine.control import Control
 from runner.engine.engine import Engine
-from runner.engine.kv_capacity import agree_on_blocks
+from runner.engine.kv_capacity import agree_on_blocks, check_weights_fit
 from runner.engine.scheduler import BlockPool, Output, Scheduler
 from runner.engine.stage_runner import StageRunner
 from runner.planning import Job
@@ -55,13 +56,19 @@ def run_rank(job: Job, env: RankEnv, front: Front | None) -> None:
     phase = _Phase()
     try:
         _run(job, env, front, phase)
-    except ShardlineError:
-        raise
-    except BrokenPipeError as error:
-        message = "standard output was closed before the text was complete"
-        raise OutputClosedError(message) from error
     except Exception as error:
-        raise as_rank_error(error, phase.name) from error
+        ours = _as_ours(error, phase)
+        if env.world_size > 1:
+            ours.rank = job.plan.topology.describe(env.rank)
+        raise ours from error
+
+
+def _as_ours(error: Exception, phase: _Phase) -> ShardlineError:
+    if isinstance(error, ShardlineError):
+        return error
+    if isinstance(error, BrokenPipeError):
+        return OutputClosedError("standard output was closed before the text was complete")
+    return as_rank_error(error, phase.name)
 
 
 def _run(job: Job, env: RankEnv, front: Front | None, phase: _Phase) -> None:
@@ -70,6 +77,7 @@ def _run(job: Job, env: RankEnv, front: Front | None, phase: _Phase) -> None:
     phase.name = "comparing plans"
     _check_same_plan(job, context)
     phase.name = "loading weights"
+    check_weights_fit(job.plan, context, job.config.kv_cache.gpu_memory_utilization)
     stage_runner = StageRunner.load(job.spec, job.plan, context)
     phase.name = "allocating the KV cache"
     engine = make_engine(job, stage_runner, front)
@@ -102,7 +110,6 @@ def _open_context(job: Job, env: RankEnv) -> ParallelContext:
         job.plan.topology,
         env,
         device_type=device_type,
-        backend=distributed.backend,
         init_timeout_s=distributed.init_timeout_s,
         collective_timeout_s=timeout_s,
     )
@@ -111,7 +118,7 @@ def _open_context(job: Job, env: RankEnv) -> ParallelContext:
 def _check_same_plan(job: Job, context: ParallelContext) -> None:
     """Ranks that read different files would compute nonsense together."""
     digest = job.plan.digest().encode()
-    if broadcast_bytes(digest, 0, context.world) != digest:
+    if broadcast_bytes(digest, 0, context.setup) != digest:
         raise ConfigError(
             f"rank {context.rank} made another plan than rank 0; give all ranks the same "
             "configuration and the same model folder"

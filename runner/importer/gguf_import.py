@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import ConfigError
+from parallel.plan import DTYPE_BYTES
 from runner.importer.gguf_config import check_architecture, generation_config, model_config
 from runner.importer.gguf_file import GgufFile
 from runner.importer.gguf_tokenizer import build_tokenizer, tokenizer_config
@@ -32,8 +33,6 @@ from runner.importer.model_folder import (
 if TYPE_CHECKING:
     import torch
     from tokenizers import Tokenizer
-
-DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)
@@ -66,8 +65,8 @@ def import_gguf(
     """Write the model of a GGUF file as a Hugging Face folder that transformers and we load.
 
     Everything is checked before the first byte is written. The folder is made beside `out` and
-    renamed at the end. Host memory holds the weights of one output file, and one tensor as
-    float32 (twice while its rows are moved); the GGUF itself is mapped, not read.
+    renamed at the end. Host memory holds one tensor at a time, at most twice as float32, whatever
+    the size of the files; the GGUF itself is mapped, not read.
 
     Args:
         dtype: of the weights written: float32, bfloat16 or float16.
@@ -83,20 +82,22 @@ def import_gguf(
     _check_arguments(dtype, max_file_bytes)
     check_target(out, source=model, overwrite=overwrite)
     conversion = _read_and_check(model, dtype)
-    sizes = conversion.weight_bytes()
-    with staged_folder(out, num_bytes=sum(sizes.values())) as folder:
+    shapes = conversion.weight_shapes()
+    num_parameters = sum(map(math.prod, shapes.values()))
+    weight_bytes = num_parameters * DTYPE_BYTES[dtype]
+    with staged_folder(out, num_bytes=weight_bytes) as folder:
         _write_descriptions(folder, conversion)
-        write_weights(folder, sizes, conversion.weight, max_bytes=max_file_bytes)
+        write_weights(folder, shapes, conversion.weight, dtype=dtype, max_bytes=max_file_bytes)
         files = sorted(path.name for path in folder.iterdir())
     vocabulary = conversion.vocabulary
     return ImportReport(
         model=str(model),
         out=str(out),
         architecture=conversion.config["architectures"][0],
-        num_parameters=sum(sizes.values()) // DTYPE_BYTES[dtype],
+        num_parameters=num_parameters,
         quantization=conversion.file.quantization,
         dtype=dtype,
-        weight_bytes=sum(sizes.values()),
+        weight_bytes=weight_bytes,
         files=files,
         tokenizer=vocabulary.kind if vocabulary.kind == "llama" else f"gpt2/{vocabulary.pre}",
         vocab_size=conversion.config["vocab_size"],
@@ -114,10 +115,9 @@ class _Conversion:
     vocabulary: Vocabulary
     tokenizer: Tokenizer
 
-    def weight_bytes(self) -> dict[str, int]:
-        """Name of each weight -> its bytes in the output."""
-        element_bytes = DTYPE_BYTES[self.config["dtype"]]
-        return {name: math.prod(s.shape) * element_bytes for name, s in self.sources.items()}
+    def weight_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name of each weight -> its shape, in the order of the output."""
+        return {name: source.shape for name, source in self.sources.items()}
 
     def weight(self, name: str) -> torch.Tensor:
         import torch

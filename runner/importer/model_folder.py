@@ -1,24 +1,28 @@
 """Write a Hugging Face model folder: all of it or nothing, weights in files of a bounded size.
 
-Not here: where the weights come from.
+A safetensors header is made from names, shapes and dtype alone, so each weight goes to the disk as
+soon as it is read. Not here: where the weights come from.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import shutil
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from parallel.checkpoint import INDEX_FILE, SINGLE_FILE
 from parallel.errors import ConfigError, PreflightError
+from parallel.plan import DTYPE_BYTES
 
 if TYPE_CHECKING:
     import torch
 
-INDEX_NAME = "model.safetensors.index.json"
+_HEADER_DTYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16"}
 
 
 def check_target(out: Path, *, source: Path, overwrite: bool) -> None:
@@ -95,30 +99,34 @@ def plan_files(sizes: dict[str, int], max_bytes: int) -> list[list[str]]:
 
 def write_weights(
     folder: Path,
-    sizes: dict[str, int],
+    shapes: Mapping[str, tuple[int, ...]],
     read: Callable[[str], torch.Tensor],
     *,
+    dtype: str,
     max_bytes: int,
 ) -> None:
     """Write the weights as model.safetensors, or as numbered files with an index.
 
-    Holds the weights of one file at a time, and what `read` holds.
+    Holds one weight at a time, and what `read` holds while it makes the weight.
 
     Args:
-        sizes: name -> bytes of the weight, in the order in which to write them.
-        read: gives the weight of a name, of just that size.
+        shapes: name -> shape, in the order in which to write the weights.
+        read: gives the weight of a name, on the host, of just that shape and of `dtype`.
+        dtype: of all weights: float32, bfloat16 or float16.
+        max_bytes: most bytes of weights in one file, unless one weight has more.
     """
+    sizes = {name: math.prod(shape) * DTYPE_BYTES[dtype] for name, shape in shapes.items()}
     plan = plan_files(sizes, max_bytes)
     weight_map: dict[str, str] = {}
     for number, names in enumerate(plan, start=1):
         filename = f"model-{number:05d}-of-{len(plan):05d}.safetensors"
         if len(plan) == 1:
-            filename = "model.safetensors"
-        _write_file(folder / filename, {name: read(name) for name in names})
+            filename = SINGLE_FILE
+        _write_file(folder / filename, {name: shapes[name] for name in names}, read, dtype)
         weight_map |= dict.fromkeys(names, filename)
     if len(plan) > 1:
         total = {"total_size": sum(sizes.values())}
-        write_json(folder / INDEX_NAME, {"metadata": total, "weight_map": weight_map})
+        write_json(folder / INDEX_FILE, {"metadata": total, "weight_map": weight_map})
 
 
 def _check_free_space(folder: Path, num_bytes: int) -> None:
@@ -130,13 +138,44 @@ def _check_free_space(folder: Path, num_bytes: int) -> None:
         )
 
 
-def _write_file(path: Path, weights: dict[str, torch.Tensor]) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
+def _write_file(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    read: Callable[[str], torch.Tensor],
+    dtype: str,
+) -> None:
+    with path.open("wb") as file:
+        file.write(_file_header(shapes, dtype))
+        for name in shapes:
+            file.write(_contents(name, read(name), shapes[name], dtype))
 
-    try:
-        save_file(weights, path, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise PreflightError(f"cannot write {path}: {error}") from error
-    # save_file makes the file private to this user; give it the mode that any other would have.
-    path.chmod(path.parent.stat().st_mode & 0o666)
+
+def _file_header(shapes: Mapping[str, tuple[int, ...]], dtype: str) -> bytes:
+    """The header of a safetensors file whose weights follow each other in the order of `shapes`.
+
+    The length of the JSON as 8 little-endian bytes, then the JSON, with spaces to a multiple of 8.
+    """
+    # transformers before 5 refuses a file whose metadata does not name the format.
+    entries: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    start = 0
+    for name, shape in shapes.items():
+        end = start + math.prod(shape) * DTYPE_BYTES[dtype]
+        entries[name] = {
+            "dtype": _HEADER_DTYPES[dtype],
+            "shape": shape,
+            "data_offsets": [start, end],
+        }
+        start = end
+    text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _contents(name: str, weight: torch.Tensor, shape: tuple[int, ...], dtype: str) -> memoryview:
+    """The weight's elements in row order, little-endian as on every host that we run on."""
+    import torch
+
+    # The header is on the disk by now; any other weight would shift all that follow it.
+    assert (tuple(weight.shape), weight.dtype) == (shape, getattr(torch, dtype)), name
+    # numpy has no bfloat16, so the elements are seen as bytes.
+    return weight.reshape(-1).view(torch.uint8).numpy().data

@@ -10,6 +10,7 @@ from typing import Protocol
 import torch
 import torch.nn.functional as F
 
+from parallel.planner import MASK_ROWS
 from parallel.slicing import HeadShare
 from runner.models.batch import Batch
 
@@ -76,16 +77,28 @@ class GatherAttention:
     def _sequence(
         self, q: torch.Tensor, blocks: torch.Tensor, kv_len: int, scale: float, window: int | None
     ) -> torch.Tensor:
-        """q: (query_len, num_query, head_dim); blocks: (2, num_blocks, block_size, num_kv,
-        head_dim).
+        """All queries of one sequence, a chunk at a time, so that no mask grows with its square.
+
+        Shapes: q (query_len, num_query, head_dim), blocks (2, num_blocks, block_size, num_kv,
+        head_dim) -> (query_len, num_query, head_dim).
         """
         k, v = blocks.flatten(1, 2)[:, :kv_len].unbind()
         if self._is_grouped:
             k, v = k[:, self._query_to_kv], v[:, self._query_to_kv]
-        mask = causal_mask(len(q), kv_len, window, q.device)
-        q, k, v = (x.transpose(0, 1).unsqueeze(0) for x in (q, k, v))
-        output = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-        return output.squeeze(0).transpose(0, 1)
+        outputs = []
+        for start in range(0, len(q), MASK_ROWS):
+            chunk = q[start : start + MASK_ROWS]
+            last = kv_len - len(q) + start + len(chunk)
+            first = 0 if window is None else max(0, last - len(chunk) + 1 - window)
+            mask = causal_mask(len(chunk), last - first, window, q.device)
+            heads_first = [
+                x.transpose(0, 1).unsqueeze(0) for x in (chunk, k[first:last], v[first:last])
+            ]
+            output = F.scaled_dot_product_attention(
+                heads_first[0], heads_first[1], heads_first[2], attn_mask=mask, scale=scale
+            )
+            outputs.append(output.squeeze(0).transpose(0, 1))
+        return torch.cat(outputs)
 
 
 def causal_mask(

@@ -73,41 +73,40 @@ def family_of(config: HFConfig) -> Family:
 
 def _llama(config: HFConfig) -> DecoderConfig:
     """Llama 2 and 3; the base that other families differ from."""
-    num_layers = config.number("num_hidden_layers")
-    num_heads = config.number("num_attention_heads")
-    hidden_size = config.number("hidden_size")
-    head_dim = config.number("head_dim", default=hidden_size // num_heads)
+    num_layers = config.count("num_hidden_layers")
+    num_heads = config.count("num_attention_heads")
+    hidden_size = config.count("hidden_size")
+    head_dim = config.head_dim(hidden_size, num_heads)
     rope = config.rope(head_dim)
     return DecoderConfig(
         architecture=config.architecture,
         num_layers=num_layers,
         hidden_size=hidden_size,
-        intermediate_size=config.number("intermediate_size"),
-        vocab_size=config.number("vocab_size"),
+        intermediate_size=config.count("intermediate_size"),
+        vocab_size=config.count("vocab_size"),
         num_heads=num_heads,
-        num_kv_heads=config.number("num_key_value_heads", default=num_heads),
+        num_kv_heads=config.count("num_key_value_heads", default=num_heads),
         head_dim=head_dim,
         max_positions=rope.max_length,
         norm="rms",
-        norm_eps=config.number("rms_norm_eps", default=1e-6),
+        norm_eps=config.positive("rms_norm_eps", default=1e-6),
         activation=config.activation,
         query_scale=head_dim**-0.5,
         windows=(None,) * num_layers,
         ropes=(rope,),
         rope_of_layer=(0,) * num_layers,
-        tied=bool(config.get("tie_word_embeddings", default=False)),
+        tied=config.flag("tie_word_embeddings", default=False),
         dtype=config.dtype,
-        qkv_bias=bool(config.get("attention_bias", default=False)),
-        o_bias=bool(config.get("attention_bias", default=False)),
-        mlp_bias=bool(config.get("mlp_bias", default=False)),
+        qkv_bias=config.flag("attention_bias", default=False),
+        o_bias=config.flag("attention_bias", default=False),
+        mlp_bias=config.flag("mlp_bias", default=False),
     )
 
 
 def _mistral(config: HFConfig) -> DecoderConfig:
     """Every layer sees a sliding window; a config without the key means 4096."""
     base = _llama(config)
-    window: int | None = config.values.get("sliding_window", 4096)
-    return replace(base, windows=(window,) * base.num_layers)
+    return replace(base, windows=(config.window(default=4096),) * base.num_layers)
 
 
 def _qwen2(config: HFConfig) -> DecoderConfig:
@@ -117,16 +116,15 @@ def _qwen2(config: HFConfig) -> DecoderConfig:
 
 def _qwen3(config: HFConfig) -> DecoderConfig:
     """Normalized query and key heads; head_dim does not follow from the hidden size."""
-    config.number("head_dim", default=128)
     with_head_dim = HFConfig(config.file, {"head_dim": 128, **config.values})
     return replace(_llama(with_head_dim), qk_norm=True, windows=_qwen_windows(config))
 
 
 def _qwen_windows(config: HFConfig) -> tuple[int | None, ...]:
-    num_layers: int = config.number("num_hidden_layers")
-    if not config.get("use_sliding_window", default=False):
+    num_layers = config.count("num_hidden_layers")
+    if not config.flag("use_sliding_window", default=False):
         return (None,) * num_layers
-    first = config.number("max_window_layers", default=28)
+    first = config.count("max_window_layers", default=28, least=0)
     upper = ["sliding_attention" if i >= first else "full_attention" for i in range(num_layers)]
     return _windows(config, config.layer_types(num_layers, upper))
 
@@ -135,8 +133,8 @@ def _gemma3(config: HFConfig) -> DecoderConfig:
     """Sliding and full layers with a rope base each, norms before and after, scaled embeddings."""
     config.refuse("attn_logit_softcapping")
     config.refuse("use_bidirectional_attention", False)
-    num_layers = config.number("num_hidden_layers")
-    pattern = config.number("sliding_window_pattern", "_sliding_window_pattern", default=6)
+    num_layers = config.count("num_hidden_layers")
+    pattern = config.count("sliding_window_pattern", "_sliding_window_pattern", default=6)
     default = [
         "sliding_attention" if (i + 1) % pattern else "full_attention" for i in range(num_layers)
     ]
@@ -147,7 +145,7 @@ def _gemma3(config: HFConfig) -> DecoderConfig:
     )
     base = _llama(complete)
     full = complete.rope(base.head_dim, layer_type="full_attention", theta=1e6)
-    local_theta = config.number("rope_local_base_freq", default=1e4)
+    local_theta = config.positive("rope_local_base_freq", default=1e4, above=1)
     local_given = {
         **config.values,
         "rope_scaling": None,
@@ -156,6 +154,7 @@ def _gemma3(config: HFConfig) -> DecoderConfig:
     sliding = HFConfig(config.file, local_given).rope(
         base.head_dim, layer_type="sliding_attention", theta=local_theta
     )
+    softcap = "final_logit_softcapping"
     return replace(
         base,
         norm="rms_plus_one",
@@ -164,24 +163,24 @@ def _gemma3(config: HFConfig) -> DecoderConfig:
         # Unlike other models' this length already counts the scaling of the frequencies.
         max_positions=full.max_positions,
         embedding_scale=math.sqrt(base.hidden_size),
-        query_scale=config.number("query_pre_attn_scalar", default=256) ** -0.5,
-        logit_softcap=config.get("final_logit_softcapping"),
+        query_scale=config.positive("query_pre_attn_scalar", default=256) ** -0.5,
+        logit_softcap=config.positive(softcap) if config.has(softcap) else None,
         windows=_windows(config, types),
         ropes=(full, sliding),
         rope_of_layer=tuple(int(kind == "sliding_attention") for kind in types),
-        tied=bool(config.get("tie_word_embeddings", default=True)),
+        tied=config.flag("tie_word_embeddings", default=True),
     )
 
 
 def _windows(config: HFConfig, layer_types: list[str]) -> tuple[int | None, ...]:
-    window: int = config.number("sliding_window", default=4096)
+    window = config.window(default=4096)
     return tuple(window if kind == "sliding_attention" else None for kind in layer_types)
 
 
 def _phi3(config: HFConfig) -> DecoderConfig:
     """QKV and gate-up are fused in the checkpoint; a part of each head is rotated."""
     base = _llama(config)
-    return replace(base, windows=(config.get("sliding_window"),) * base.num_layers)
+    return replace(base, windows=(config.window(default=None),) * base.num_layers)
 
 
 def _gpt2(config: HFConfig) -> DecoderConfig:
@@ -189,28 +188,28 @@ def _gpt2(config: HFConfig) -> DecoderConfig:
     config.refuse("scale_attn_by_inverse_layer_idx", False)
     config.refuse("add_cross_attention", False)
     config.refuse("scale_attn_weights", True)
-    num_layers = config.number("n_layer", "num_hidden_layers")
-    num_heads = config.number("n_head", "num_attention_heads")
-    hidden_size = config.number("n_embd", "hidden_size")
-    head_dim = hidden_size // num_heads
+    num_layers = config.count("n_layer", "num_hidden_layers")
+    num_heads = config.count("n_head", "num_attention_heads")
+    hidden_size = config.count("n_embd", "hidden_size")
+    head_dim = config.head_dim(hidden_size, num_heads)
     return DecoderConfig(
         architecture=config.architecture,
         num_layers=num_layers,
         hidden_size=hidden_size,
-        intermediate_size=config.number("n_inner", default=4 * hidden_size),
-        vocab_size=config.number("vocab_size"),
+        intermediate_size=config.count("n_inner", default=4 * hidden_size),
+        vocab_size=config.count("vocab_size"),
         num_heads=num_heads,
         num_kv_heads=num_heads,
         head_dim=head_dim,
-        max_positions=config.number("n_positions", "max_position_embeddings"),
+        max_positions=config.count("n_positions", "max_position_embeddings"),
         norm="layer",
-        norm_eps=config.number("layer_norm_epsilon", default=1e-5),
+        norm_eps=config.positive("layer_norm_epsilon", default=1e-5),
         activation=config.activation,
         query_scale=head_dim**-0.5,
         windows=(None,) * num_layers,
         ropes=(),
         rope_of_layer=(0,) * num_layers,
-        tied=bool(config.get("tie_word_embeddings", default=True)),
+        tied=config.flag("tie_word_embeddings", default=True),
         dtype=config.dtype,
         gated_mlp=False,
         qkv_bias=True,

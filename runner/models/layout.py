@@ -28,7 +28,6 @@ def layout_of(config: DecoderConfig, names: Names) -> ModelLayout:
         num_heads=config.num_heads,
         num_kv_heads=config.num_kv_heads,
         head_dim=config.head_dim,
-        max_positions=config.max_positions,
     )
 
 

@@ -1,14 +1,18 @@
 """A model folder, read as far as a plan needs: its config, its layout and its tensors' headers."""
 
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.checkpoint import Checkpoint
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, IntegrityError
 from parallel.layout import ModelLayout
 from runner.models.config import DecoderConfig, HFConfig
 from runner.models.families import family_of
 from runner.models.layout import layout_of
+
+_DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+"""Our name for each dtype of a safetensors header that can be loaded."""
 
 
 @dataclass(frozen=True)
@@ -33,6 +37,26 @@ class ModelSpec:
         config = family.read(hf_config)
         checkpoint = Checkpoint.open(folder).with_prefix(family.names.prefix)
         return cls(folder, config, layout_of(config, family.names), checkpoint)
+
+    @property
+    def dtype(self) -> str:
+        """What the config says, or else the dtype that most bytes of the checkpoint have.
+
+        Raises:
+            IntegrityError: the config does not say, and no tensor can be loaded.
+        """
+        if self.config.dtype is not None:
+            return self.config.dtype
+        num_bytes: Counter[str] = Counter()
+        for info in self.checkpoint.tensors.values():
+            if info.dtype in _DTYPES:
+                num_bytes[_DTYPES[info.dtype]] += info.num_bytes
+        if not num_bytes:
+            raise IntegrityError(
+                f"{self.checkpoint.folder}: holds no tensor of {', '.join(_DTYPES)}; "
+                f"convert the weights to one of them"
+            )
+        return num_bytes.most_common(1)[0][0]
 
     def max_model_len(self, requested: int | None) -> int:
         """The length to run with, in tokens; None asks for the model's own limit.

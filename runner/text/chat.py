@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import ConfigError, IntegrityError
-from runner.text.json_file import read_json_object, read_text
+from runner.config.json_file import read_json_object, read_text
 
 if TYPE_CHECKING:
     from jinja2.sandbox import ImmutableSandboxedEnvironment

@@ -10,10 +10,11 @@ from pathlib import Path
 from typing import Any
 
 from parallel.errors import IntegrityError
-from runner.text.json_file import read_json_object
+from runner.config.json_file import read_json_object
 
-# Each sampling key of the file: its value where it is not written, its range, the range in words.
+# Each key of the file: its value where it is not written, its range, the range in words.
 RULES: dict[str, tuple[float, Callable[[float], bool], str]] = {
+    "max_new_tokens": (0, lambda n: isinstance(n, int) and n >= 1, "a whole number of at least 1"),
     "temperature": (1.0, lambda t: 0 <= t < inf, "a number of at least 0"),
     "top_k": (0, lambda k: isinstance(k, int) and k >= -1, "a whole number; 0 or -1 keeps all"),
     "top_p": (1.0, lambda p: 0 < p <= 1, "a number above 0 and at most 1"),
@@ -28,6 +29,7 @@ class GenerationDefaults:
 
     Attributes:
         stop_token_ids: any of these ends a sequence.
+        max_new_tokens: most tokens to generate; None: the folder does not say.
         temperature: 0 takes the likeliest token.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens that make up this probability; 1 keeps all.
@@ -36,6 +38,7 @@ class GenerationDefaults:
     """
 
     stop_token_ids: frozenset[int] = frozenset()
+    max_new_tokens: int | None = None
     temperature: float = 0.0
     top_k: int = 0
     top_p: float = 1.0
@@ -57,11 +60,13 @@ class GenerationDefaults:
         model = read_json_object(model_path, optional=True)
         values = read_json_object(path, optional=True)
         stops = _token_ids(model, model_path) | _token_ids(values, path)
+        length = int(_number(values, "max_new_tokens", path)) or None
         penalty = _number(values, "repetition_penalty", path)
         if values.get("do_sample") is not True:
-            return cls(stop_token_ids=stops, repetition_penalty=penalty)
+            return cls(stop_token_ids=stops, max_new_tokens=length, repetition_penalty=penalty)
         return cls(
             stop_token_ids=stops,
+            max_new_tokens=length,
             temperature=_number(values, "temperature", path),
             top_k=max(0, int(_number(values, "top_k", path))),
             top_p=_number(values, "top_p", path),

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import ConfigError, IntegrityError
-from runner.text.json_file import read_json_object
+from runner.config.json_file import read_json_object
 
 if TYPE_CHECKING:
     import tokenizers

@@ -129,5 +129,6 @@ def test_torchrun_with_another_world_size_is_refused(model: Path) -> None:
     done = run_command(*arguments, "-tp", "3", launcher=TORCHRUN)
     assert done.returncode != 0
     line = "world size 2: the plan has 3 ranks (tensor-parallel sizes [3]); start 3 processes"
-    assert f"shardline: rank 0: {line}" in done.stderr
+    # torchrun ends the other rank as soon as one has spoken.
+    assert any(f"shardline: rank {rank}: {line}" in done.stderr for rank in (0, 1))
     assert processes_naming(str(model)) == []

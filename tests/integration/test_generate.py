@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from checkpoints import add_tokenizer, load_reference, make_checkpoint, reference_greedy
 from processes import run_command, start_command
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner
 
 from runner.cli.app import app
@@ -222,6 +224,34 @@ def test_one_sequence_at_a_time_in_blocks_of_one_token(
 ) -> None:
     sizes = ("scheduler.max_num_seqs=1", "kv_cache.block_size=1")
     assert generate_here(model, *(part for size in sizes for part in ("--set", size))) == greedy
+
+
+def test_another_runner_in_the_working_directory_is_not_run(
+    model: Path, tmp_path: Path, greedy: list[dict[str, Any]]
+) -> None:
+    (tmp_path / "runner.py").write_text("print('an impostor')")
+    command = [str(Path(sys.executable).with_name("shardline"))]
+    done = run_command(*arguments(model, "-tp", "2", "--json"), launcher=command, cwd=tmp_path)
+    assert [json.loads(line) for line in done.stdout.splitlines()] == greedy
+
+
+def test_logits_that_are_no_numbers_end_the_job(model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.norm.weight"][0] = float("nan")
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    done = run_command(*arguments(folder, "-tp", "2"))
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert "rank 0 (stage 0, tp rank 0): the model's logits are not finite" in done.stderr
+
+
+def test_without_max_tokens_a_completion_ends_by_default(model: Path, tmp_path: Path) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "model"))
+    common = ["generate", "--device", "cpu", "--model", str(folder), "--json", "--prompt", "a"]
+    assert json.loads(run_command(*common).stdout)["completion_tokens"] == 256
+    (folder / "generation_config.json").write_text('{"max_new_tokens": 7}')
+    assert json.loads(run_command(*common).stdout)["completion_tokens"] == 7
 
 
 def test_help_answers_at_once() -> None:

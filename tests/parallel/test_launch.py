@@ -65,6 +65,22 @@ def test_a_rank_that_says_nothing_is_named_by_its_exit_code() -> None:
     assert caught.value.exit_code == 8
 
 
+def test_where_all_that_speak_waited_in_vain_the_silent_are_named() -> None:
+    """As after gloo's timeout, or when NCCL's watchdog aborts the ranks that are well."""
+    with pytest.raises(
+        ShardlineError, match=r"^rank 0: .*; no sign of life from rank 1$"
+    ) as caught:
+        launch("os.abort() if env.rank == 0 else time.sleep(60)", 2)
+    assert caught.value.exit_code == 9
+
+
+def test_ranks_get_the_environment_that_is_given(tmp_path: Path) -> None:
+    script = f"open(os.path.join({str(tmp_path)!r}, os.environ['GIVEN']), 'w').close()"
+    command = [sys.executable, "-c", PRELUDE + script]
+    run_ranks(command, 1, describe=str, environment={"GIVEN": "here"})
+    assert (tmp_path / "here").exists()
+
+
 def test_a_rank_that_ignores_sigterm_is_killed() -> None:
     started = time.monotonic()
     with pytest.raises(ShardlineError, match="rank 1"):

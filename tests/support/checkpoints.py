@@ -96,7 +96,7 @@ _CLASSES = {
     "gpt2": ("GPT2Config", "GPT2LMHeadModel"),
 }
 
-_GPT2_SIZES = {"n_embd": 42, "n_layer": 3, "n_head": 6, "n_inner": 95, "n_positions": 90}
+_GPT2_SIZES = {"n_embd": 42, "n_layer": 3, "n_head": 6, "n_inner": 95, "n_positions": 110}
 
 
 def make_checkpoint(name: str, folder: Path, *, seed: int = 0, **changes: Any) -> Path:

@@ -12,12 +12,15 @@ ROOT = Path(__file__).parents[2]
 
 
 def run_command(
-    *arguments: str, launcher: Sequence[str] = COMMAND, timeout_s: float = 90
+    *arguments: str,
+    launcher: Sequence[str] = COMMAND,
+    cwd: Path = ROOT,
+    timeout_s: float = 90,
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; the output is text."""
     return subprocess.run(
         [*launcher, *arguments],
-        cwd=ROOT,
+        cwd=cwd,
         capture_output=True,
         text=True,
         timeout=timeout_s,

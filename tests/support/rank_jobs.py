@@ -64,9 +64,10 @@ def complete(
     if context.rank == 0:
         requests = make_requests(
             prompts,
+            vocab_size=job.spec.config.vocab_size,
             max_model_len=job.plan.max_model_len,
             max_tokens=num_tokens,
-            sampling=SamplingParams(**sampling),
+            sampling=[SamplingParams(**sampling)] * len(prompts),
             stop_token_ids=frozenset(),
         )
         front = ListFront(requests)
@@ -83,9 +84,10 @@ def logits(
     front = ListFront(
         make_requests(
             prompts,
+            vocab_size=job.spec.config.vocab_size,
             max_model_len=job.plan.max_model_len,
             max_tokens=1,
-            sampling=SamplingParams(),
+            sampling=[SamplingParams()] * len(prompts),
             stop_token_ids=frozenset(),
         )
     )

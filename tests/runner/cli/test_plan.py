@@ -322,10 +322,11 @@ def test_nothing_imports_torch_and_no_weight_is_read(llama_70b: Path, tmp_path: 
     assert svg.read_text().startswith("<svg")
 
 
-def test_exit_codes(llama_70b: Path) -> None:
+def test_exit_codes(llama_70b: Path, tmp_path: Path) -> None:
     small = ("--model", llama_70b, "--gpu-memory-gb", 80)
-    too_small = run(*small)
+    too_small = run(*small, "--svg", tmp_path / "plan.svg")
     assert too_small.returncode == 6
+    assert (tmp_path / "plan.svg").exists()
     assert too_small.stderr.splitlines()[-1].startswith("shardline: the plan does not fit: rank 0")
     assert run(*small, "--rank", 5).returncode == 2
 

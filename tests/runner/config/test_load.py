@@ -70,7 +70,6 @@ def test_origins_cover_every_key_in_the_order_of_the_schema() -> None:
     assert loaded.origins == {
         "version": "plan.yaml:1:10",
         "model.path": "plan.yaml:2:15",
-        "model.format": "default",
         "model.dtype": "default",
         "model.max_model_len": "default",
         "parallel.tensor_parallel_size": "plan.yaml:4:25",
@@ -86,11 +85,10 @@ def test_origins_cover_every_key_in_the_order_of_the_schema() -> None:
         "scheduler.max_num_batched_tokens": "default",
         "kv_cache.gpu_memory_utilization": "default",
         "kv_cache.block_size": "default",
-        "distributed.backend": "default",
         "distributed.init_timeout_s": "default",
         "distributed.collective_timeout_s": "default",
     }
-    assert list(loaded.origins)[:3] == ["version", "model.path", "model.format"]
+    assert list(loaded.origins)[:3] == ["version", "model.path", "model.dtype"]
     assert loaded.config.parallel.pipeline_parallel_size == 2
 
 

@@ -25,7 +25,6 @@ def test_each_value_stands_in_one_aligned_line_with_its_origin() -> None:
     assert show(loaded).splitlines() == [
         "version                                 1                  plan.yaml:1:10",
         "model.path                              m                  plan.yaml:2:15",
-        "model.format                            auto               default",
         "model.dtype                             auto               default",
         "model.max_model_len                     null               default",
         "parallel.tensor_parallel_size           1                  default",
@@ -38,7 +37,6 @@ def test_each_value_stands_in_one_aligned_line_with_its_origin() -> None:
         "scheduler.max_num_batched_tokens        8192               default",
         "kv_cache.gpu_memory_utilization         0.9                default",
         "kv_cache.block_size                     32                 --set",
-        "distributed.backend                     auto               default",
         "distributed.init_timeout_s              300.0              default",
         "distributed.collective_timeout_s        null               default",
     ]

@@ -8,7 +8,7 @@ from checkpoints import add_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, IntegrityError
 from runner.engine.completion import BatchFront, Completion, make_requests
 from runner.engine.control import Control
 from runner.engine.request import Request, SamplingParams
@@ -126,7 +126,9 @@ def test_special_tokens_have_no_text(tokenizer: Tokenizer) -> None:
 def test_characters_come_whole(tokenizer: Tokenizer) -> None:
     job = Job(tokenizer, ["a"])
     job.say("né 🙂日", reason="length")
-    assert [texts[0] for texts in job.seen] == ["n", "né", "né ", "né 🙂", "né 🙂日"]
+    assert list(dict.fromkeys(texts[0] for texts in job.seen)) == [
+        *("n", "né", "né ", "né 🙂", "né 🙂日")
+    ]
 
 
 def test_half_a_character_at_the_end_is_shown_as_one(tokenizer: Tokenizer) -> None:
@@ -146,14 +148,16 @@ def test_a_character_that_the_prompt_began(tokenizer: Tokenizer) -> None:
     assert completion.text == "é"
 
 
-def test_the_display_is_told_of_new_text_and_ends_alone(tokenizer: Tokenizer) -> None:
+def test_the_display_is_told_of_every_step_with_the_text_that_is_certain(
+    tokenizer: Tokenizer,
+) -> None:
     job = Job(tokenizer, ["a"], "END")
     job.say("é")
-    assert len(job.seen) == 1
+    assert job.seen == [[""], ["é"]]
     job.say("EN")
-    assert len(job.seen) == 1
+    assert job.seen[2:] == [["é"], ["é"]]
     job.take(EOS, reason="stop")
-    assert job.seen[1:] == [["éEN"]]
+    assert job.seen[4:] == [["éEN"]]
 
 
 @settings(deadline=None)
@@ -182,12 +186,13 @@ def test_blocks_are_wanted_for_the_longest_that_run_at_once(tokenizer: Tokenizer
         assert job.front.kv_blocks(4) == num_blocks
 
 
-def requests_for(prompt_ids: list[list[int]], max_tokens: int | None) -> list[Request]:
+def requests_for(prompt_ids: list[list[int]], max_tokens: int) -> list[Request]:
     return make_requests(
         prompt_ids,
+        vocab_size=50,
         max_model_len=10,
         max_tokens=max_tokens,
-        sampling=SamplingParams(seed=4),
+        sampling=[SamplingParams(seed=index) for index in range(len(prompt_ids))],
         stop_token_ids=frozenset({EOS}),
     )
 
@@ -197,14 +202,12 @@ def test_requests_keep_their_order_and_what_was_asked() -> None:
     assert (first.request_id, second.request_id) == (0, 1)
     assert (first.prompt_ids, second.prompt_ids) == ((5, 6), (7,))
     assert first.max_tokens == second.max_tokens == 3
-    assert first.sampling == SamplingParams(seed=4)
+    assert (first.sampling.seed, second.sampling.seed) == (0, 1)
     assert first.stop_token_ids == {EOS}
 
 
-@pytest.mark.parametrize(
-    ("max_tokens", "expected"), [(None, [7, 1]), (100, [7, 1]), (3, [3, 1]), (1, [1, 1])]
-)
-def test_completions_end_at_the_models_length(max_tokens: int | None, expected: list[int]) -> None:
+@pytest.mark.parametrize(("max_tokens", "expected"), [(100, [7, 1]), (3, [3, 1]), (1, [1, 1])])
+def test_completions_end_at_the_models_length(max_tokens: int, expected: list[int]) -> None:
     requests = requests_for([[1] * 3, [1] * 9], max_tokens)
     assert [request.max_tokens for request in requests] == expected
 
@@ -214,3 +217,8 @@ def test_prompts_without_room_or_without_tokens_are_refused() -> None:
         requests_for([[1], [1] * 10], 1)
     with pytest.raises(ConfigError, match="prompt 0 is empty"):
         requests_for([[]], 1)
+
+
+def test_a_tokenizer_of_another_model_is_refused() -> None:
+    with pytest.raises(IntegrityError, match="token id 50, but the model knows 50 ids"):
+        requests_for([[1, 50]], 1)

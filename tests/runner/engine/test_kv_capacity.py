@@ -82,7 +82,7 @@ def test_a_rank_without_layers_takes_what_the_others_do(
 def test_no_room_for_one_block(
     sizes: dict[str, int], alone: ParallelContext, rank_plan: RankPlan
 ) -> None:
-    line = r"no memory for a KV cache: .*; use more ranks"
+    line = r"no memory for a KV cache: .*; use a lower scheduler.max_num_batched_tokens"
     with pytest.raises(DoesNotFitError, match=line) as error:
         blocks(5, alone, rank_plan, **sizes)
     assert "\n" not in str(error.value)

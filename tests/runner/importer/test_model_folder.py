@@ -1,16 +1,18 @@
 """A model folder is written whole or not at all, and its weights in files of a bounded size."""
 
 import json
+import weakref
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from safetensors.torch import load_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 
+from parallel.checkpoint import INDEX_FILE, SINGLE_FILE
 from parallel.errors import ConfigError, PreflightError
 from runner.importer.model_folder import (
-    INDEX_NAME,
     check_target,
     plan_files,
     staged_folder,
@@ -34,8 +36,9 @@ def test_plan_keeps_order_and_bounds_each_file(sizes, max_bytes):
 
 def test_index_names_the_file_of_each_weight(tmp_path):
     weights = {f"w{i}": torch.full((4,), float(i)) for i in range(5)}
-    write_weights(tmp_path, dict.fromkeys(weights, 16), weights.__getitem__, max_bytes=32)
-    index = json.loads((tmp_path / INDEX_NAME).read_text())
+    shapes = dict.fromkeys(weights, (4,))
+    write_weights(tmp_path, shapes, weights.__getitem__, dtype="float32", max_bytes=32)
+    index = json.loads((tmp_path / INDEX_FILE).read_text())
     assert index["metadata"]["total_size"] == 80
     assert sorted(set(index["weight_map"].values())) == [
         f"model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)
@@ -44,13 +47,64 @@ def test_index_names_the_file_of_each_weight(tmp_path):
         assert torch.equal(load_file(tmp_path / filename)[name], weights[name])
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_file_is_what_safetensors_itself_writes(tmp_path, dtype):
+    torch.manual_seed(0)
+    # Neither names nor sizes are in order, and one weight is not contiguous.
+    weights = {
+        "b.weight": torch.randn(3, 5).T,
+        "a.\N{GREEK SMALL LETTER ALPHA}": torch.randn(7),
+        "c": torch.randn(2, 2, 2),
+        "scalar": torch.randn(()),
+    }
+    weights = {name: weight.to(getattr(torch, dtype)) for name, weight in weights.items()}
+    shapes = {name: tuple(weight.shape) for name, weight in weights.items()}
+    write_weights(tmp_path, shapes, weights.__getitem__, dtype=dtype, max_bytes=1000)
+    raw = (tmp_path / SINGLE_FILE).read_bytes()
+    length = int.from_bytes(raw[:8], "little")
+    header = json.loads(raw[8 : 8 + length])
+    assert length % 8 == 0
+    assert list(header) == ["__metadata__", *weights]
+    save_file({n: w.contiguous() for n, w in weights.items()}, tmp_path / "theirs")
+    ours, theirs = load_file(tmp_path / SINGLE_FILE), load_file(tmp_path / "theirs")
+    assert ours.keys() == theirs.keys()
+    for name, weight in ours.items():
+        assert weight.dtype == theirs[name].dtype
+        assert torch.equal(weight, theirs[name]), name
+    with safe_open(tmp_path / SINGLE_FILE, framework="pt") as handle:
+        assert handle.metadata() == {"format": "pt"}
+
+
+def test_each_weight_is_on_the_disk_and_let_go_before_the_next_is_read(tmp_path):
+    alive: list[weakref.ref[torch.Tensor]] = []
+
+    def read(_):
+        # Only the file object's own buffer, smaller than a weight, may still be in memory.
+        assert all(weight() is None for weight in alive)
+        written = sum(path.stat().st_size for path in tmp_path.iterdir())
+        assert written >= len(alive) * 400_000
+        weight = torch.zeros(100_000)
+        alive.append(weakref.ref(weight))
+        return weight
+
+    shapes = {f"w{i}": (100_000,) for i in range(5)}
+    write_weights(tmp_path, shapes, read, dtype="float32", max_bytes=10**9)
+    assert len(alive) == 5
+
+
+@pytest.mark.parametrize("wrong", [torch.zeros(5), torch.zeros(4).half()], ids=["shape", "dtype"])
+def test_a_weight_that_contradicts_the_header_is_not_written(tmp_path, wrong):
+    with pytest.raises(AssertionError, match="w1"):
+        write_weights(tmp_path, {"w1": (4,)}, lambda _: wrong, dtype="float32", max_bytes=99)
+
+
 def test_weights_have_the_mode_of_other_files(tmp_path):
     with staged_folder(tmp_path / "out", num_bytes=1) as folder:
-        write_weights(folder, {"w": 4}, lambda _: torch.zeros(1), max_bytes=9)
+        write_weights(folder, {"w": (1,)}, lambda _: torch.zeros(1), dtype="float32", max_bytes=9)
         (folder / "other").write_text("")
     mode = (tmp_path / "out" / "other").stat().st_mode
-    assert (tmp_path / "out" / "model.safetensors").stat().st_mode == mode
-    assert not (tmp_path / "out" / INDEX_NAME).exists()
+    assert (tmp_path / "out" / SINGLE_FILE).stat().st_mode == mode
+    assert not (tmp_path / "out" / INDEX_FILE).exists()
 
 
 def test_a_failure_leaves_nothing(tmp_path):

