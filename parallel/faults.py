@@ -1,4 +1,4 @@
-"""What an exception in the middle of a job says about the ranks: this one is wrong, or another is."""
+"""What an exception in the middle of a job says: this rank is wrong, or another is."""
 
 import re
 

@@ -50,6 +50,9 @@ class GatherAttention:
     def __init__(self, heads: HeadShare, device: torch.device) -> None:
         self._query_to_kv = torch.tensor(heads.query_to_kv, device=device)
         self._is_grouped = heads.query_to_kv != tuple(range(heads.num_kv))
+        group = heads.num_query // heads.num_kv
+        even = tuple(head // group for head in range(heads.num_query))
+        self._groups_are_even = heads.query_to_kv == even
 
     def __call__(
         self,
@@ -83,6 +86,8 @@ class GatherAttention:
         head_dim) -> (query_len, num_query, head_dim).
         """
         k, v = blocks.flatten(1, 2)[:, :kv_len].unbind()
+        if len(q) == 1 and self._groups_are_even:
+            return _decode(q, k, v, scale, window)
         if self._is_grouped:
             k, v = k[:, self._query_to_kv], v[:, self._query_to_kv]
         outputs = []
@@ -99,6 +104,20 @@ class GatherAttention:
             )
             outputs.append(output.squeeze(0).transpose(0, 1))
         return torch.cat(outputs)
+
+
+def _decode(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, scale: float, window: int | None
+) -> torch.Tensor:
+    """One query token: the heads of a group are the rows of one query, so no key is copied for
+    them.
+
+    Shapes: q (1, num_query, head_dim), k and v (kv_len, num_kv, head_dim) -> that of q.
+    """
+    first = 0 if window is None else max(0, len(k) - window)
+    k, v = (x[first:].transpose(0, 1).unsqueeze(0) for x in (k, v))
+    grouped = q.view(1, k.shape[1], -1, q.shape[-1])
+    return F.scaled_dot_product_attention(grouped, k, v, scale=scale).reshape(q.shape)
 
 
 def causal_mask(

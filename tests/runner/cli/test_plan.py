@@ -17,6 +17,7 @@ from stand_in_driver import build_driver
 from typer.testing import CliRunner, Result
 
 from parallel.errors import ConfigError, DoesNotFitError
+from parallel.fit import format_bytes
 from parallel.partition import Unit, cut_by_patterns
 from runner.cli.app import app
 from runner.cli.plan_text import condense
@@ -98,7 +99,7 @@ def test_numbers_of_the_table_are_those_of_the_plan(llama_70b: Path) -> None:
     ranks = json_of(llama_70b, "-tp", 4, "-pp", 2)["plan"]["ranks"]
     for row, rank in zip(rows_below(text, "modules"), ranks, strict=True):
         assert row["weights"] == f"{rank['weight_bytes'] / 1e9:.2f} GB"
-        assert row["activations"] == f"{rank['activation_bytes'] / 1e6:.1f} MB"
+        assert row["activations"] == format_bytes(rank["activation_bytes"])
         assert row["KV a token"] == f"{rank['kv_bytes_per_token']:,} B"
     assert "weights 141.12 GB in all" in text
     assert "one sequence of 8192 tokens takes 343.9 MB on rank 0" in text  # 41,984 B a token
@@ -197,7 +198,7 @@ def test_what_does_not_fit_is_printed_and_then_refused(llama_70b: Path, tmp_path
     assert [row["rank"] for row in rows_below(result.stdout, "modules")] == ["0", "1"]
     assert result.stdout.count("does not fit") == 2
     message = str(result.exception)
-    assert "rank 0 (stage 0, tp rank 0) needs 73.05 GB" in message
+    assert "rank 0 (stage 0, tp rank 0) needs 74.00 GB" in message
     assert "72.00 GB may be used" in message
     assert "\n" not in message
     assert not svg.exists(), "nothing is written after a failure"
