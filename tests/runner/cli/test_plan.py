@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_printed_and_then_refused(llama_70b: Path, tmp_path
     assert "rank 0 (stage 0, tp rank 0) needs 74.00 GB" in message
     assert "72.00 GB may be used" in message
     assert "\n" not in message
-    assert not svg.exists(), "nothing is written after a failure"
+    assert svg.exists(), "a plan that does not fit is what one wants to look at"
 
 
 def test_without_a_gpu_nothing_is_judged(llama: Path) -> None:
@@ -323,11 +323,10 @@ def test_nothing_imports_torch_and_no_weight_is_read(llama_70b: Path, tmp_path: 
     assert svg.read_text().startswith("<svg")
 
 
-def test_exit_codes(llama_70b: Path, tmp_path: Path) -> None:
+def test_exit_codes(llama_70b: Path) -> None:
     small = ("--model", llama_70b, "--gpu-memory-gb", 80)
-    too_small = run(*small, "--svg", tmp_path / "plan.svg")
+    too_small = run(*small)
     assert too_small.returncode == 6
-    assert (tmp_path / "plan.svg").exists()
     assert too_small.stderr.splitlines()[-1].startswith("shardline: the plan does not fit: rank 0")
     assert run(*small, "--rank", 5).returncode == 2
 
