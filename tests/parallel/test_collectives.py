@@ -9,12 +9,10 @@ from parallel.collectives import (
     Group,
     all_gather,
     all_reduce,
-    as_rank_error,
     broadcast,
     broadcast_bytes,
     minimum,
 )
-from parallel.errors import StalledError
 
 
 def numbers_of(rank: int) -> list[list[float]]:
@@ -53,31 +51,3 @@ def test_a_group_of_one_is_the_identity() -> None:
     assert broadcast(x, 3, alone) is x
     assert broadcast_bytes(b"message", 3, alone) == b"message"
     assert minimum(4, alone) == 4
-
-
-@pytest.mark.parametrize(
-    ("error", "is_stalled", "is_peer"),
-    [
-        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc] Timed out waiting"), True, True),
-        (torch.distributed.DistStoreError("wait timeout after 300000ms"), True, True),
-        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), False, True),
-        (torch.distributed.DistNetworkError("failed to recv"), False, True),
-        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False, False),
-        (ValueError("Broken pipe"), False, False),
-    ],
-    ids=lambda value: str(value) if isinstance(value, Exception) else "",
-)
-def test_an_error_tells_whether_this_rank_or_another_is_at_fault(
-    error: Exception, is_stalled: bool, is_peer: bool
-) -> None:
-    told = as_rank_error(error, "decoding")
-    assert isinstance(told, StalledError) == is_stalled
-    assert told.peer == is_peer
-    assert str(told) == f"{type(error).__name__} while decoding: {error}"
-
-
-def test_only_the_first_line_of_an_error_is_told() -> None:
-    error = RuntimeError("NCCL error: unhandled\nLast error:\n a stack")
-    assert str(as_rank_error(error, "loading")) == (
-        "RuntimeError while loading: NCCL error: unhandled"
-    )

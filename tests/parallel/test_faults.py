@@ -14,22 +14,6 @@ def test_an_error_of_this_rank_names_what_it_was_doing() -> None:
     assert not error.peer
 
 
-def test_a_lost_connection_is_another_ranks_fault() -> None:
-    text = "[/src/third_party/gloo/pair.cc:537] Connection closed by peer [127.0.0.1]:31245"
-    error = as_rank_error(RuntimeError(text), "generating")
-    assert isinstance(error, RankLostError)
-    assert error.peer
-    expected = "RuntimeError while generating: Connection closed by peer [127.0.0.1]:31245"
-    assert str(error) == expected
-
-
-def test_a_timeout_is_a_stall() -> None:
-    error = as_rank_error(RuntimeError("Timed out waiting 3000ms for recv operation"), "generating")
-    assert isinstance(error, StalledError)
-    assert error.exit_code == 9
-    assert error.peer
-
-
 @pytest.mark.parametrize("doing", ["loading weights", "generating"])
 def test_memory_that_runs_out_says_what_to_change(doing: str) -> None:
     error = as_rank_error(torch.OutOfMemoryError("CUDA out of memory"), doing)
@@ -37,3 +21,34 @@ def test_memory_that_runs_out_says_what_to_change(doing: str) -> None:
     assert error.exit_code == 6
     assert doing in str(error)
     assert "--max-model-len" in str(error)
+
+
+@pytest.mark.parametrize(
+    ("error", "is_stalled", "is_peer"),
+    [
+        (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc] Timed out waiting"), True, True),
+        (torch.distributed.DistStoreError("wait timeout after 300000ms"), True, True),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), False, True),
+        (torch.distributed.DistNetworkError("failed to recv"), False, True),
+        (RuntimeError("mat1 and mat2 shapes cannot be multiplied"), False, False),
+        (ValueError("Broken pipe"), False, False),
+    ],
+    ids=lambda value: str(value) if isinstance(value, Exception) else "",
+)
+def test_an_error_tells_whether_this_rank_or_another_is_at_fault(
+    error: Exception, is_stalled: bool, is_peer: bool
+) -> None:
+    told = as_rank_error(error, "decoding")
+    assert isinstance(told, StalledError) == is_stalled
+    assert told.peer == is_peer
+    words = str(error).rpartition("] ")[2]
+    assert str(told).startswith(f"{type(error).__name__} while decoding: ")
+    assert str(told).endswith(words)
+    assert "pair.cc" not in str(told), "where in its source a library failed helps no user"
+
+
+def test_only_the_first_line_of_an_error_is_told() -> None:
+    error = RuntimeError("NCCL error: unhandled\nLast error:\n a stack")
+    assert str(as_rank_error(error, "loading")) == (
+        "RuntimeError while loading: NCCL error: unhandled"
+    )
