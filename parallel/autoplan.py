@@ -33,7 +33,7 @@ class GpuSpeed:
 
 
 H200 = GpuSpeed(bandwidth=4.3e12, all_reduce_s=10e-6, transfer_s=10e-6)
-"""Measured on H200s with NVLink (docs/measurements.md); the transfer is taken to be like an
+"""Measured on H200s with NVLink before this release; the transfer is taken to be like an
 all-reduce.
 """
 
