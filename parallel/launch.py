@@ -102,8 +102,7 @@ def adopt() -> RankEnv | None:
     except ValueError:
         raise ConfigError(
             f"RANK={os.environ['RANK']!r}, WORLD_SIZE={os.environ['WORLD_SIZE']!r}: both must be "
-            f"numbers; "
-            "unset them to start ranks from here, or let torchrun set them"
+            "numbers; unset them to start ranks from here, or let torchrun set them"
         ) from None
     if _PARENT_PID not in os.environ:
         return RankEnv(rank, world_size)

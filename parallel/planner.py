@@ -109,7 +109,7 @@ def _units(
 def _cost(
     module: str, rules: Sequence[Rule], tensors: Mapping[str, TensorInfo], item_bytes: int
 ) -> int:
-    sources = [s for rule in rules if rule.target.startswith(f"{module}.") for s in rule.sources]
+    sources = [s for rule in rules if _in(rule, {module}) for s in rule.sources]
     return sum(math.prod(tensors[s.name].shape) for s in sources) * item_bytes
 
 
@@ -128,8 +128,7 @@ def _check_tensors(rules: Sequence[Rule], layout: ModelLayout, checkpoint: Check
             if info.shape != expected:
                 raise IntegrityError(
                     f"{info.file}: tensor {source.name} has shape {list(info.shape)}, but "
-                    f"config.json "
-                    f"implies {list(expected)}"
+                    f"config.json implies {list(expected)}"
                 )
 
 

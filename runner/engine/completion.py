@@ -65,8 +65,7 @@ def make_requests(
         if max(ids) >= vocab_size:
             raise IntegrityError(
                 f"prompt {index} has the token id {max(ids)}, but the model knows {vocab_size} "
-                f"ids; "
-                "tokenizer.json does not belong to this model"
+                "ids; tokenizer.json does not belong to this model"
             )
         length = min(max_tokens, room)
         requests.append(Request(index, tuple(ids), length, params, stop_token_ids))

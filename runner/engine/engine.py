@@ -65,7 +65,7 @@ class Engine:
 def _check_finite(logits: torch.Tensor) -> None:
     if not logits.isfinite().all():
         raise ConfigError(
-            f"the model's logits are not finite numbers in "
+            "the model's logits are not finite numbers in "
             f"{str(logits.dtype).removeprefix('torch.')}; "
             "use --dtype bfloat16 or float32, or copy the weights again"
         )

@@ -60,8 +60,7 @@ def check_weights_fit(plan: ShardPlan, context: ParallelContext, utilization: fl
     if needed > free:
         raise DoesNotFitError(
             f"weights and activations take {format_bytes(needed)}, {format_bytes(free)} are free "
-            f"on "
-            f"{context.device}; use more GPUs, a smaller --dtype, or a lower --max-model-len or "
+            f"on {context.device}; use more GPUs, a smaller --dtype, or a lower --max-model-len or "
             "scheduler.max_num_batched_tokens"
         )
 
