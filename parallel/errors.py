@@ -6,13 +6,16 @@ Not here: failures inside PyTorch or NCCL; the launcher turns those into `RankLo
 __all__ = [
     "ConfigError",
     "DoesNotFitError",
+    "IncompatibleError",
     "IntegrityError",
     "InternalError",
     "OutputClosedError",
+    "ParityError",
     "PreflightError",
     "RankLostError",
     "ShardlineError",
     "StalledError",
+    "UnsupportedSegmentError",
 ]
 
 
@@ -42,10 +45,26 @@ class IntegrityError(ShardlineError, ValueError):
     exit_code = 4
 
 
+class IncompatibleError(ShardlineError):
+    """A bundle, or a file of it, was made for another GPU, rank or version."""
+
+    exit_code = 5
+
+
+class UnsupportedSegmentError(ConfigError):
+    """A backend that was asked for by name cannot compile a part of the model."""
+
+
 class DoesNotFitError(ShardlineError):
     """The model, its KV cache or its activations do not fit into the memory given."""
 
     exit_code = 6
+
+
+class ParityError(ShardlineError):
+    """A compiled model does not compute what the model computes."""
+
+    exit_code = 7
 
 
 class InternalError(ShardlineError):

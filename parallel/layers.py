@@ -1,8 +1,8 @@
 """Layers that hold one rank's share of their weights, as plain local tensors.
 
-Each takes local sizes and the group it communicates in. A bias that follows a reduce is added
-once, after it. Which share a rank holds is decided by `parallel.planner`; these layers only
-compute with it.
+Each takes local sizes. Matrices compute without a word to other ranks, so that what lies between
+two collectives can be compiled; the sums and the logits are completed by whoever calls them. Which
+share a rank holds is decided by `parallel.planner`.
 """
 
 import torch
@@ -61,24 +61,19 @@ class QKVParallelLinear(MergedColumnParallelLinear):
 
 
 class RowParallelLinear(nn.Module):
-    """A linear layer with its input features split: every rank makes a partial sum, the group adds
-    them up.
+    """A linear layer with its input features split: every rank makes a partial sum.
 
-    Shapes: x (num_tokens, local_in_features) -> (num_tokens, out_features), equal on all ranks of
-    the group.
+    The caller adds them up over the group (`collectives.all_reduce`), and adds a bias after that.
+
+    Shapes: x (num_tokens, local_in_features) -> (num_tokens, out_features).
     """
 
-    def __init__(
-        self, local_in_features: int, out_features: int, *, bias: bool, group: Group
-    ) -> None:
+    def __init__(self, local_in_features: int, out_features: int) -> None:
         super().__init__()
-        self.group = group
         self.weight = nn.Parameter(torch.empty(out_features, local_in_features))
-        self.bias = nn.Parameter(torch.empty(out_features)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        reduced = all_reduce(F.linear(x, self.weight), self.group)
-        return reduced if self.bias is None else reduced + self.bias
+        return F.linear(x, self.weight)
 
 
 class VocabParallelEmbedding(nn.Module):
@@ -108,9 +103,9 @@ class VocabParallelEmbedding(nn.Module):
 
 
 class ParallelLMHead(nn.Module):
-    """The output head with its vocabulary split; every rank of the group gets the whole logits.
+    """The output head with its vocabulary split: each rank makes its own columns.
 
-    Shapes: x (num_rows, hidden_size) -> (num_rows, vocab_size).
+    Shapes: x (num_rows, hidden_size) -> (num_rows, padded_rows).
     """
 
     def __init__(
@@ -122,4 +117,8 @@ class ParallelLMHead(nn.Module):
         self.weight = nn.Parameter(torch.empty(padded_rows, hidden_size))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return all_gather(F.linear(x, self.weight), self.group)[:, : self.vocab_size]
+        return F.linear(x, self.weight)
+
+    def gather(self, columns: torch.Tensor) -> torch.Tensor:
+        """This rank's columns -> (num_rows, vocab_size), on every rank of the group."""
+        return all_gather(columns, self.group)[:, : self.vocab_size]

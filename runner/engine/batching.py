@@ -1,6 +1,7 @@
 """From scheduled sequences to the flat tensors of one step."""
 
 from collections.abc import Sequence as Seq
+from itertools import accumulate
 
 import torch
 
@@ -25,18 +26,24 @@ def make_batch(scheduled: Seq[Scheduled], block_size: int, device: torch.device)
         if part.samples:
             last_rows.append(len(token_ids) - 1)
 
-    def tensor(values: list[int] | list[list[int]]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.int64, device=device)
+    def tensor(
+        values: list[int] | list[list[int]], dtype: torch.dtype = torch.int64
+    ) -> torch.Tensor:
+        return torch.tensor(values, dtype=dtype, device=device)
 
     widest = max(len(part.sequence.blocks) for part in scheduled)
     tables = [s.sequence.blocks + [0] * (widest - len(s.sequence.blocks)) for s in scheduled]
+    query_lens = tuple(part.num_tokens for part in scheduled)
+    kv_lens = tuple(part.sequence.num_computed + part.num_tokens for part in scheduled)
     return Batch(
         token_ids=tensor(token_ids),
         positions=tensor(positions),
         rope_variants=tensor(variants),
         slots=tensor(slots),
-        block_tables=tensor(tables),
-        query_lens=tuple(part.num_tokens for part in scheduled),
-        kv_lens=tuple(part.sequence.num_computed + part.num_tokens for part in scheduled),
+        block_tables=tensor(tables, torch.int32),
+        query_offsets=tensor(list(accumulate(query_lens, initial=0)), torch.int32),
+        kv_lengths=tensor(list(kv_lens), torch.int32),
+        query_lens=query_lens,
+        kv_lens=kv_lens,
         logits_rows=tensor(last_rows),
     )

@@ -32,6 +32,7 @@ class StageRunner:
             IntegrityError: a weight cannot be read.
         """
         rank_plan = plan.ranks[context.rank]
+        dtype = getattr(torch, plan.dtype)
         stage = DecoderStage(
             spec.config,
             plan.stages[rank_plan.stage],
@@ -39,8 +40,8 @@ class StageRunner:
             context.tp,
             attend=GatherAttention(rank_plan.heads, context.device),
             max_model_len=plan.max_model_len,
+            dtype=dtype,
         )
-        dtype = getattr(torch, plan.dtype)
         stage.load(stream(spec.checkpoint, rank_plan, dtype=dtype, device=context.device))
         transfer = CarryTransfer(context, plan)
         return cls(context, stage, transfer, rank_plan.heads.num_kv)

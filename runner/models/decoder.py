@@ -1,151 +1,81 @@
 """One decoder for all families: the part of it that one rank of one pipeline stage runs.
 
-What differs between families is in `DecoderConfig`; how weights are split is in the plan. A layer
-is written as the pieces between two collectives or attention calls, which is how it will be
-compiled.
+What differs between families is in `DecoderConfig`; how weights are split is in the plan. A stage
+is a sequence of parts (`runner.models.decoder_parts`), each of which can be compiled, with
+collectives, attention and the cache between them. `DecoderStage.forward` is that sequence.
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
-import torch.nn.functional as F
 from torch import nn
 
-from parallel.collectives import Group
-from parallel.layers import (
-    ColumnParallelLinear,
-    MergedColumnParallelLinear,
-    ParallelLMHead,
-    QKVParallelLinear,
-    RowParallelLinear,
-    VocabParallelEmbedding,
-)
+from parallel.collectives import Group, all_reduce
+from parallel.layers import ParallelLMHead, RowParallelLinear, VocabParallelEmbedding
 from parallel.plan import RankPlan, StagePlan
+from runner.compiler.segment import Segment, TensorSpec
 from runner.models.attention import Attention
 from runner.models.batch import Batch
-from runner.models.config import Activation, DecoderConfig
-from runner.models.rope import cos_sin, frequencies, rotate
+from runner.models.config import DecoderConfig
+from runner.models.decoder_parts import MLP, QKV, AddMLP, AddQKV, Block, Head, Residual
+from runner.models.norm import make_norm
+from runner.models.rope import cos_sin, frequencies
 
-Rotation = tuple[torch.Tensor, torch.Tensor]
-"""cos and sin of every token, each (num_tokens, 1, rotary_dim / 2)."""
+Rotation = tuple[torch.Tensor, ...]
+"""cos and sin of every token, each (num_tokens, 1, rotary_dim / 2); empty without rope."""
+
+Execute = Callable[..., tuple[torch.Tensor, ...]]
+"""Runs a part of a stage: called with its name and its activations, returns its outputs."""
+
+Shape = tuple[int, ...]
 
 
-class RMSNorm(nn.Module):
-    """x / rms(x) * (offset + weight) over the last dim, in float32 inside.
+@dataclass(frozen=True)
+class Part:
+    """One call of a stage's sequence.
 
-    Llama rounds the normalized value to the dtype of x before it multiplies by the weight; Gemma,
-    whose offset is 1, rounds once at the end.
+    Attributes:
+        kind: what it computes, the same in all layers.
+        module: pure; called with the activations alone.
+        activations: the shape of each, without the rows that come first.
+        dtype: of the activations.
+        per_sample: its rows are the step's samples rather than its tokens.
     """
 
-    def __init__(self, size: int, eps: float, *, offset: float = 0.0) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.empty(size))
-        self.eps = eps
-        self.offset = offset
+    kind: str
+    module: nn.Module
+    activations: tuple[Shape, ...]
+    dtype: torch.dtype
+    per_sample: bool = False
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        wide = x.float()
-        normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.eps)
-        if self.offset:
-            return (normed * (self.offset + self.weight.float())).to(x.dtype)
-        return self.weight * normed.to(x.dtype)
-
-
-def make_norm(config: DecoderConfig, size: int) -> nn.Module:
-    """The family's kind of norm over `size` features."""
-    if config.norm == "layer":
-        return nn.LayerNorm(size, eps=config.norm_eps)
-    return RMSNorm(size, config.norm_eps, offset=1.0 if config.norm == "rms_plus_one" else 0.0)
-
-
-class DecoderAttention(nn.Module):
-    """Projections of this rank's heads, around the attention itself."""
-
-    def __init__(self, config: DecoderConfig, rank_plan: RankPlan, group: Group) -> None:
-        super().__init__()
-        heads, head_dim = rank_plan.heads, config.head_dim
-        self.qkv_proj = QKVParallelLinear(config.hidden_size, heads, head_dim, bias=config.qkv_bias)
-        self.q_norm = make_norm(config, head_dim) if config.qk_norm else None
-        self.k_norm = make_norm(config, head_dim) if config.qk_norm else None
-        self.o_proj = RowParallelLinear(
-            heads.num_query * head_dim, config.hidden_size, bias=config.o_bias, group=group
-        )
-
-    def project(self, x: torch.Tensor, rotation: Rotation | None) -> tuple[torch.Tensor, ...]:
-        """Normed input (num_tokens, hidden) -> rotated q and k, and v: (num_tokens, heads,
-        head_dim).
-        """
-        q, k, v = self.qkv_proj(x)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        if rotation is not None:
-            q, k = rotate(q, *rotation), rotate(k, *rotation)
-        return q, k, v
-
-
-class DecoderMLP(nn.Module):
-    """down(act(gate(x)) * up(x)), or down(act(up(x))) without a gate."""
-
-    def __init__(self, config: DecoderConfig, rank_plan: RankPlan, group: Group) -> None:
-        super().__init__()
-        width = rank_plan.mlp[1] - rank_plan.mlp[0]
-        hidden_size, bias = config.hidden_size, config.mlp_bias
-        self.act = _ACTIVATIONS[config.activation]
-        self.gated = config.gated_mlp
-        self.up_proj: ColumnParallelLinear = (
-            MergedColumnParallelLinear(hidden_size, (width, width), bias=bias)
-            if config.gated_mlp
-            else ColumnParallelLinear(hidden_size, width, bias=bias)
-        )
-        self.down_proj = RowParallelLinear(width, hidden_size, bias=bias, group=group)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        if self.gated:
-            gate, up = self.up_proj(x)
-            inner = self.act(gate) * up
-        else:
-            inner = self.act(self.up_proj(x))
-        output: torch.Tensor = self.down_proj(inner)
-        return output
+    def segment(self, num_rows: int) -> Segment:
+        """The part at a fixed number of rows."""
+        specs = tuple(TensorSpec((num_rows, *shape), self.dtype) for shape in self.activations)
+        return Segment(self.kind, self.module, specs)
 
 
 class DecoderLayer(nn.Module):
-    """Attention and MLP, each normed before and added to the residual after."""
+    """What one rank holds of one layer; `DecoderStage` makes the parts of it."""
 
-    def __init__(
-        self, config: DecoderConfig, rank_plan: RankPlan, group: Group, *, index: int
-    ) -> None:
+    def __init__(self, config: DecoderConfig, rank_plan: RankPlan, *, index: int) -> None:
         super().__init__()
         self.window = config.windows[index]
-        self.scale = config.query_scale
-        self.attention_norm = make_norm(config, config.hidden_size)
-        self.attention = DecoderAttention(config, rank_plan, group)
-        self.mlp_norm = make_norm(config, config.hidden_size)
-        self.mlp = DecoderMLP(config, rank_plan, group)
-        post_norms = (
-            make_norm(config, config.hidden_size) if config.post_norms else nn.Identity()
-            for _ in range(2)
+        self.attention = QKV(config, rank_plan)
+        self.o_proj = RowParallelLinear(
+            rank_plan.heads.num_query * config.head_dim, config.hidden_size
         )
-        self.attention_post_norm, self.mlp_post_norm = post_norms
-
-    def forward(
-        self,
-        x: torch.Tensor,
-        rotation: Rotation | None,
-        attend: Attention,
-        cache: torch.Tensor,
-        batch: Batch,
-    ) -> torch.Tensor:
-        """x: (num_tokens, hidden) -> the same."""
-        q, k, v = self.attention.project(self.attention_norm(x), rotation)
-        heads = attend(q, k, v, cache, batch, scale=self.scale, window=self.window)
-        x = x + self.attention_post_norm(self.attention.o_proj(heads))
-        mlp: torch.Tensor = self.mlp_post_norm(self.mlp(self.mlp_norm(x)))
-        return x + mlp
+        self.attention_residual = Residual(config, bias=config.o_bias)
+        self.mlp = MLP(config, rank_plan)
+        self.mlp_residual = Residual(config, bias=config.mlp_bias)
 
 
 class DecoderStage(nn.Module):
-    """One rank's share of one pipeline stage; parameters keep the model's global layer indices."""
+    """One rank's share of one pipeline stage; parameters keep the model's global layer indices.
+
+    Attributes:
+        parts: what `forward` executes, by name and in order.
+    """
 
     def __init__(
         self,
@@ -156,6 +86,7 @@ class DecoderStage(nn.Module):
         *,
         attend: Attention,
         max_model_len: int,
+        dtype: torch.dtype,
     ) -> None:
         """Build the module without memory, on the meta device; `load` fills it.
 
@@ -166,13 +97,17 @@ class DecoderStage(nn.Module):
         super().__init__()
         self.config = config
         self.attend = attend
+        self.dtype = dtype
+        self._group = group
         self._max_model_len = max_model_len
         self._ropes: list[tuple[torch.Tensor, float]] = []
         with torch.device("meta"):
-            self._build(stage, rank_plan, group)
+            self._build(stage, rank_plan)
+        self.to(dtype)
+        self.parts = dict(self._parts(rank_plan))
 
-    def _build(self, stage: StagePlan, rank_plan: RankPlan, group: Group) -> None:
-        config = self.config
+    def _build(self, stage: StagePlan, rank_plan: RankPlan) -> None:
+        config, group = self.config, self._group
         self.layer_indices = range(*stage.layers)
         padded, hidden_size = stage.padded_vocab, config.hidden_size
         self.embed_tokens: VocabParallelEmbedding | None = None
@@ -185,7 +120,7 @@ class DecoderStage(nn.Module):
                 self.embed_positions = nn.Embedding(config.max_positions, hidden_size)
         self.layers = nn.ModuleDict(
             {
-                str(index): DecoderLayer(config, rank_plan, group, index=index)
+                str(index): DecoderLayer(config, rank_plan, index=index)
                 for index in self.layer_indices
             }
         )
@@ -195,6 +130,53 @@ class DecoderStage(nn.Module):
             self.lm_head = ParallelLMHead(
                 padded, hidden_size, vocab_size=config.vocab_size, group=group
             )
+
+    def _parts(self, rank_plan: RankPlan) -> Iterator[tuple[str, Part]]:
+        """The sequence of `forward`, name by name."""
+        x: Shape = (self.config.hidden_size,)
+        heads: Shape = (rank_plan.heads.num_query * self.config.head_dim,)
+
+        def part(kind: str, module: nn.Module, *shapes: Shape, per_sample: bool = False) -> Part:
+            return Part(kind, module, shapes, self.dtype, per_sample)
+
+        for index, layer, following in self._layers_in_pairs():
+            name = f"layers.{index}"
+            if index == self.layer_indices.start:
+                rotation = self._rotation_shapes(index)
+                yield f"{name}.qkv", part("qkv", layer.attention, x, *rotation)
+            add_mlp = AddMLP(layer.attention_residual, layer.mlp)
+            end: AddQKV | Residual = layer.mlp_residual
+            kind, rotation = "add", ()
+            if following is not None:
+                end = AddQKV(layer.mlp_residual, following.attention)
+                kind, rotation = "add_qkv", self._rotation_shapes(index + 1)
+            if self._group.size == 1:
+                block = Block(layer.o_proj, add_mlp, end)
+                kind = "block" if following is not None else "last_block"
+                yield f"{name}.block", part(kind, block, x, heads, *rotation)
+            else:
+                yield f"{name}.o_proj", part("o_proj", layer.o_proj, heads)
+                yield f"{name}.add_mlp", part("add_mlp", add_mlp, x, x)
+                yield f"{name}.end", part(kind, end, x, x, *rotation)
+        if self.norm is not None and self.lm_head is not None:
+            yield "head", part("head", Head(self.norm, self.lm_head), x, per_sample=True)
+
+    def _layers_in_pairs(self) -> Iterator[tuple[int, DecoderLayer, DecoderLayer | None]]:
+        """Each layer with the one that follows it in the stage."""
+        for index in self.layer_indices:
+            following = index + 1 in self.layer_indices
+            yield index, self._layer(index), self._layer(index + 1) if following else None
+
+    def _layer(self, index: int) -> DecoderLayer:
+        layer = self.layers[str(index)]
+        assert isinstance(layer, DecoderLayer)
+        return layer
+
+    def _rotation_shapes(self, index: int) -> tuple[Shape, ...]:
+        if not self.config.ropes:
+            return ()
+        rope = self.config.ropes[self.config.rope_of_layer[index]]
+        return ((1, rope.rotary_dim // 2),) * 2
 
     def load(self, tensors: Iterable[tuple[str, torch.Tensor]]) -> None:
         """Take over every parameter by name, without a copy."""
@@ -212,29 +194,57 @@ class DecoderStage(nn.Module):
 
     @torch.inference_mode()
     def forward(
-        self, batch: Batch, caches: Mapping[int, torch.Tensor], x: torch.Tensor | None
+        self,
+        batch: Batch,
+        caches: Mapping[int, torch.Tensor],
+        x: torch.Tensor | None,
+        execute: Execute | None = None,
     ) -> torch.Tensor:
         """Run the stage on one step's tokens.
 
         Args:
             caches: for each layer index its KV cache; see `runner.models.attention.Attention`.
             x: (num_tokens, hidden), the carry from the stage before; None on the first stage.
+            execute: runs the parts; None: as they are, by PyTorch.
 
         Returns:
             (num_tokens, hidden) for the next stage, or on the last one (num_samples, vocab_size)
             logits.
         """
+        run = execute or self.run_eagerly
         x = self._embed(batch) if x is None else x
-        rotations = [
+        rotations: list[Rotation] = [
             cos_sin(table, scale, batch.positions, batch.rope_variants, x.dtype)
             for table, scale in self._ropes
         ]
+        qkv: tuple[torch.Tensor, ...] = ()
         for index in self.layer_indices:
-            rotation = rotations[self.config.rope_of_layer[index]] if rotations else None
-            x = self.layers[str(index)](x, rotation, self.attend, caches[index], batch)
-        if self.norm is not None:
-            x = self.norm(x)
-        return x if self.lm_head is None else self._logits(x[batch.logits_rows])
+            name, layer = f"layers.{index}", self._layer(index)
+            qkv = qkv or run(f"{name}.qkv", x, *self._rotation(rotations, index))
+            q, k, v = qkv
+            scale, window = self.config.query_scale, layer.window
+            heads = self.attend(q, k, v, caches[index], batch, scale=scale, window=window)
+            rotation = self._rotation(rotations, index + 1)
+            if self._group.size == 1:
+                x, *qkv_list = run(f"{name}.block", x, heads, *rotation)
+            else:
+                delta = all_reduce(run(f"{name}.o_proj", heads)[0], self._group)
+                x, delta = run(f"{name}.add_mlp", x, delta)
+                delta = all_reduce(delta, self._group)
+                x, *qkv_list = run(f"{name}.end", x, delta, *rotation)
+            qkv = tuple(qkv_list)
+        return x if self.lm_head is None else self._logits(x[batch.logits_rows], run)
+
+    def run_eagerly(self, name: str, *activations: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """A part by PyTorch's own kernels."""
+        outputs = self.parts[name].module(*activations)
+        return outputs if isinstance(outputs, tuple) else (outputs,)
+
+    def _rotation(self, rotations: list[Rotation], index: int) -> Rotation:
+        """What a layer's queries and keys are rotated by; nothing beyond the stage's last."""
+        if not rotations or index not in self.layer_indices:
+            return ()
+        return rotations[self.config.rope_of_layer[index]]
 
     def _embed(self, batch: Batch) -> torch.Tensor:
         assert self.embed_tokens is not None, "a stage without an embedding needs a carry"
@@ -246,15 +256,8 @@ class DecoderStage(nn.Module):
         # Gemma rounds its scale to the activations' dtype before it multiplies.
         return x * torch.tensor(self.config.embedding_scale, dtype=x.dtype)
 
-    def _logits(self, x: torch.Tensor) -> torch.Tensor:
+    def _logits(self, x: torch.Tensor, run: Execute) -> torch.Tensor:
         assert self.lm_head is not None
-        logits: torch.Tensor = self.lm_head(x)
+        logits = self.lm_head.gather(run("head", x)[0])
         cap = self.config.logit_softcap
         return logits if cap is None else cap * torch.tanh(logits / cap)
-
-
-_ACTIVATIONS: Mapping[Activation, Callable[[torch.Tensor], torch.Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-}

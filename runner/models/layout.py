@@ -6,7 +6,7 @@ The targets are the parameter names of `runner.models.decoder`.
 from collections.abc import Iterator
 
 from parallel.layout import ModelLayout
-from parallel.rules import Rule, Source, Style
+from parallel.rules import Rule, Source
 from runner.models.config import DecoderConfig
 from runner.models.families import Names
 
@@ -48,53 +48,55 @@ def _outer_rules(config: DecoderConfig, names: Names) -> Iterator[Rule]:
 def _layer_rules(config: DecoderConfig, names: Names) -> Iterator[Rule]:
     """One decoder layer; `*` stands for its index."""
     attention, mlp = "layers.*.attention", "layers.*.mlp"
-    yield from _layer_norm("attention_norm", names.attention_norm, config, names)
-    yield from _linear(
-        f"{attention}.qkv_proj", "colwise", names.qkv, config.qkv_bias, config, names
-    )
+    yield from _layer_norm(f"{attention}.norm", names.attention_norm, config, names)
+    yield from _column(f"{attention}.qkv_proj", names.qkv, config.qkv_bias, config, names)
     if config.qk_norm:
         for norm, source in (("q_norm", names.q_norm), ("k_norm", names.k_norm)):
             yield from _norm(
                 f"{attention}.{norm}", f"{names.layer}.{source}", config.head_dim, config
             )
-    o_proj = (Source(names.o_proj, ("query",)),)
-    yield from _linear(f"{attention}.o_proj", "rowwise", o_proj, config.o_bias, config, names)
-    yield from _layer_norm("mlp_norm", names.mlp_norm, config, names)
-    yield from _linear(f"{mlp}.up_proj", "colwise", names.up, config.mlp_bias, config, names)
-    down = (Source(names.down, ("mlp",)),)
-    yield from _linear(f"{mlp}.down_proj", "rowwise", down, config.mlp_bias, config, names)
+    o_proj, residual = Source(names.o_proj, ("query",)), "layers.*.attention_residual"
+    yield from _row("layers.*.o_proj", residual, o_proj, config.o_bias, config, names)
+    yield from _layer_norm(f"{mlp}.norm", names.mlp_norm, config, names)
+    yield from _column(f"{mlp}.up_proj", names.up, config.mlp_bias, config, names)
+    down_proj, residual = Source(names.down, ("mlp",)), "layers.*.mlp_residual"
+    yield from _row(f"{mlp}.down_proj", residual, down_proj, config.mlp_bias, config, names)
     if config.post_norms:
-        yield from _layer_norm("attention_post_norm", names.attention_post_norm, config, names)
-        yield from _layer_norm("mlp_post_norm", names.mlp_post_norm, config, names)
+        for residual, source in (
+            ("attention_residual", names.attention_post_norm),
+            ("mlp_residual", names.mlp_post_norm),
+        ):
+            yield from _layer_norm(f"layers.*.{residual}.norm", source, config, names)
 
 
-def _linear(
-    target: str,
-    style: Style,
-    sources: tuple[Source, ...],
-    bias: bool,
-    config: DecoderConfig,
-    names: Names,
+def _column(
+    target: str, sources: tuple[Source, ...], bias: bool, config: DecoderConfig, names: Names
 ) -> Iterator[Rule]:
-    """A weight, and a bias that is split with the output or, after a reduce, held whole."""
+    """A weight, and a bias that is split with its output."""
 
-    def stored(parameter: str, *, sections: bool = True) -> tuple[Source, ...]:
-        return tuple(
-            Source(f"{names.layer}.{s.name}.{parameter}", s.sections if sections else ())
-            for s in sources
-        )
+    def stored(parameter: str) -> tuple[Source, ...]:
+        return tuple(Source(f"{names.layer}.{s.name}.{parameter}", s.sections) for s in sources)
 
-    shape = (None, config.hidden_size) if style == "colwise" else (config.hidden_size, None)
-    yield Rule(f"{target}.weight", style, shape, stored("weight"), transposed=names.transposed)
-    if bias and style == "colwise":
-        yield Rule(f"{target}.bias", style, (None,), stored("bias"))
-    elif bias:
-        whole = stored("bias", sections=False)
-        yield Rule(f"{target}.bias", "replicate", (config.hidden_size,), whole)
+    shape = (None, config.hidden_size)
+    yield Rule(f"{target}.weight", "colwise", shape, stored("weight"), transposed=names.transposed)
+    if bias:
+        yield Rule(f"{target}.bias", "colwise", (None,), stored("bias"))
+
+
+def _row(
+    target: str, residual: str, source: Source, bias: bool, config: DecoderConfig, names: Names
+) -> Iterator[Rule]:
+    """A weight, and a bias that is added after the reduce, so it is held whole, by the residual."""
+    stored, shape = f"{names.layer}.{source.name}", (config.hidden_size, None)
+    weight = Source(f"{stored}.weight", source.sections)
+    yield Rule(f"{target}.weight", "rowwise", shape, (weight,), transposed=names.transposed)
+    if bias:
+        whole = (Source(f"{stored}.bias"),)
+        yield Rule(f"{residual}.bias", "replicate", (config.hidden_size,), whole)
 
 
 def _layer_norm(target: str, source: str, config: DecoderConfig, names: Names) -> Iterator[Rule]:
-    yield from _norm(f"layers.*.{target}", f"{names.layer}.{source}", config.hidden_size, config)
+    yield from _norm(target, f"{names.layer}.{source}", config.hidden_size, config)
 
 
 def _norm(target: str, source: str, size: int, config: DecoderConfig) -> Iterator[Rule]:

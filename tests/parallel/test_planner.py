@@ -128,8 +128,8 @@ def test_qkv_is_merged_from_the_blocks_of_the_ranks_heads() -> None:
 
 
 def test_a_row_parallel_matrix_is_cut_along_its_input() -> None:
-    assert tensor(divide([2]), 1, "layers.1.attention.o_proj.weight") == LocalTensor(
-        name="layers.1.attention.o_proj.weight",
+    assert tensor(divide([2]), 1, "layers.1.o_proj.weight") == LocalTensor(
+        name="layers.1.o_proj.weight",
         shape=(20, 6),
         dim=1,
         pieces=(Piece(f"{LAYER}.self_attn.o_proj.weight", 1, (12, 18)),),
@@ -139,7 +139,7 @@ def test_a_row_parallel_matrix_is_cut_along_its_input() -> None:
 def test_norms_are_whole_on_every_rank() -> None:
     plan = divide([3])
     for rank in range(3):
-        norm = tensor(plan, rank, "layers.1.mlp_norm.weight")
+        norm = tensor(plan, rank, "layers.1.mlp.norm.weight")
         assert norm.shape == (20,)
         assert norm.pieces == (Piece(f"{LAYER}.post_attention_layernorm.weight"),)
 
@@ -216,7 +216,7 @@ def test_a_bias_is_split_with_its_output_or_whole_after_a_reduce(
     plan = divide_variant(checkpoint("gpt2"), [3])
     split = tensor(plan, 2, "layers.1.mlp.up_proj.bias")
     assert split.pieces == (Piece("transformer.h.1.mlp.c_fc.bias", 0, (64, 95)),)
-    whole = tensor(plan, 2, "layers.1.mlp.down_proj.bias")
+    whole = tensor(plan, 2, "layers.1.mlp_residual.bias")
     assert (whole.shape, whole.pieces) == ((42,), (Piece("transformer.h.1.mlp.c_proj.bias"),))
 
 

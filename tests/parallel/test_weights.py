@@ -268,7 +268,13 @@ class Block:
 
 
 # The parts of parameters that a rank may hold whole; other names are the same.
-PART_OF = {"embed_positions": "positions", "o_proj": "o", "down_proj": "down"}
+PART_OF = {
+    "embed_positions": "positions",
+    "attention.norm": "attention_norm",
+    "attention_residual": "o",
+    "mlp.norm": "mlp_norm",
+    "mlp_residual": "down",
+}
 
 
 def blocks_of(model: Model, rank: RankPlan, loaded: Tensors) -> Iterator[Block]:
@@ -289,9 +295,10 @@ def blocks_of(model: Model, rank: RankPlan, loaded: Tensors) -> Iterator[Block]:
     for name, values in loaded.items():
         *path, module, kind = name.split(".")
         layer = "".join(f"{step}." for step in path[:2])
+        held = ".".join([*path[2:], module])
         is_rowwise = module in ("o_proj", "down_proj")
-        if module not in split or (is_rowwise and kind == "bias"):
-            yield Block(f"{layer}{PART_OF.get(module, module)}.{kind}", values)
+        if module not in split:
+            yield Block(f"{layer}{PART_OF.get(held, module)}.{kind}", values)
             continue
         dim = int(is_rowwise)
         sizes = [stop - start for _, (start, stop) in split[module]]

@@ -66,22 +66,33 @@ def column_parallel(context: ParallelContext, full: nn.Linear, x: torch.Tensor) 
 
 
 def row_parallel_layer(context: ParallelContext, full: nn.Linear) -> RowParallelLinear:
-    """Every rank holds the whole bias."""
     weight = columns_of(full.weight, context)
-    layer = RowParallelLinear(
-        weight.shape[1], full.out_features, bias=full.bias is not None, group=context.tp
-    )
-    fill(layer, weight=weight, bias=full.bias)
+    layer = RowParallelLinear(weight.shape[1], full.out_features)
+    fill(layer, weight=weight)
     return layer
 
 
 def row_parallel(context: ParallelContext, full: nn.Linear, x: torch.Tensor) -> torch.Tensor:
-    return run(row_parallel_layer(context, full), columns_of(x, context))
+    """The sum of all ranks' parts, then the bias, which every rank holds whole."""
+    summed = all_reduce(run(row_parallel_layer(context, full), columns_of(x, context)), context.tp)
+    return summed if full.bias is None else summed + full.bias.detach()
+
+
+class ReducedLinear(nn.Module):
+    """A row-parallel layer and its reduce."""
+
+    def __init__(self, context: ParallelContext, full: nn.Linear) -> None:
+        super().__init__()
+        self.layer = row_parallel_layer(context, full)
+        self.group = context.tp
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return all_reduce(self.layer(x), self.group)
 
 
 def row_parallel_ops(context: ParallelContext, full: nn.Linear, x: torch.Tensor) -> list[str]:
-    """The operations that `torch.export` sees in a row-parallel layer."""
-    layer = row_parallel_layer(context, full)
+    """The operations that `torch.export` sees in a row-parallel layer and its reduce."""
+    layer = ReducedLinear(context, full)
     graph = torch.export.export(layer, (columns_of(x, context).contiguous(),)).graph
     return [str(node.target) for node in graph.nodes if node.op == "call_function"]
 
@@ -98,7 +109,8 @@ def gated_mlp(
         bias=torch.cat([rows_of(layer.bias, context) for layer in (gate, up)]),
     )
     gated, plain = run(merged, x)
-    return run(row_parallel_layer(context, down), nn.functional.silu(gated) * plain)
+    partial = run(row_parallel_layer(context, down), nn.functional.silu(gated) * plain)
+    return all_reduce(partial, context.tp) + down.bias.detach()
 
 
 def qkv(
@@ -140,7 +152,7 @@ def lm_head(context: ParallelContext, weight: torch.Tensor, x: torch.Tensor) -> 
     local = vocabulary_rows(context, weight)
     layer = ParallelLMHead(len(local), weight.shape[1], vocab_size=len(weight), group=context.tp)
     fill(layer, weight=local)
-    return run(layer, x)
+    return layer.gather(run(layer, x))
 
 
 def collectives(context: ParallelContext) -> dict[str, object]:

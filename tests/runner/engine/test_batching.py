@@ -32,6 +32,8 @@ def test_prefill_a_chunk_of_it_and_decoding_side_by_side() -> None:
     ]
     assert batch.query_lens == (1, 3, 4)
     assert batch.kv_lens == (6, 3, 7)
+    assert batch.kv_lengths.tolist() == [6, 3, 7]
+    assert batch.query_offsets.tolist() == [0, 1, 4, 8]
     assert batch.num_tokens == 8
     # The chunk does not reach its sequence's end, so nothing is chosen from it.
     assert batch.logits_rows.tolist() == [0, 3]
@@ -43,11 +45,12 @@ def test_no_logits_where_no_sequence_reaches_its_end() -> None:
     assert batch.logits_rows.dtype == torch.int64
 
 
-def test_all_tensors_are_int64() -> None:
+def test_what_kernels_index_with_is_int32() -> None:
     batch = make_batch([Scheduled(sequence([1], computed=0, blocks=[0]), 1)], 16, CPU)
-    tensors = [value for value in vars(batch).values() if isinstance(value, torch.Tensor)]
-    assert {tensor.dtype for tensor in tensors} == {torch.int64}
-    assert len(tensors) == 6
+    short = {"block_tables", "query_offsets", "kv_lengths"}
+    for name, value in vars(batch).items():
+        if isinstance(value, torch.Tensor):
+            assert value.dtype == (torch.int32 if name in short else torch.int64), name
 
 
 def test_tokens_that_are_computed_again_go_where_they_were() -> None:

@@ -26,7 +26,7 @@ from runner.engine.scheduler import Scheduled
 from runner.engine.sequence import Sequence
 from runner.engine.stage_runner import StageRunner
 from runner.models.batch import Batch
-from runner.models.decoder import RMSNorm
+from runner.models.norm import RMSNorm
 
 # On both sides of the windows, and of the length at which longrope changes its frequencies.
 PROMPTS = [[3 + (7 * i + n) % 120 for i in range(n)] for n in (5, 29)]

@@ -40,6 +40,7 @@ def stage_of(spec: ModelSpec, plan: ShardPlan, rank: int) -> DecoderStage:
         Group(tuple(range(tp_size)), rank_plan.tp_rank),
         attend=GatherAttention(rank_plan.heads, torch.device("cpu")),
         max_model_len=LIMITS.max_model_len,
+        dtype=torch.float32,
     )
 
 

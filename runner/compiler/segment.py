@@ -1,0 +1,98 @@
+"""`Segment`: the unit of compilation. The second of the four hinges.
+
+A segment is a pure function of activations and weights at fixed shapes: what a rank computes
+between two collectives or attention calls, or any module that `torch.export` takes. Weights are
+inputs like activations, so equal segments of different layers, cuts and checkpoints are one
+artefact. How an artefact is made of it is `runner.compiler.backend`.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A tensor without its values; always contiguous."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "TensorSpec":
+        return cls(tuple(tensor.shape), tensor.dtype)
+
+    def empty(self, device: torch.device | str) -> torch.Tensor:
+        return torch.empty(self.shape, dtype=self.dtype, device=device)
+
+    def __str__(self) -> str:
+        return f"{str(self.dtype).removeprefix('torch.')}{list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class Segment:
+    """A pure function at fixed shapes.
+
+    Attributes:
+        kind: what it computes, such as "mlp"; for people, not part of its identity.
+        module: called with the activations alone; its parameters are the weights, which may be on
+            the meta device. It returns a tensor or a tuple of tensors.
+        activations: what it is called with.
+    """
+
+    kind: str
+    module: nn.Module
+    activations: tuple[TensorSpec, ...]
+
+    @property
+    def weights(self) -> dict[str, TensorSpec]:
+        """Its parameters by name, in the order in which they are passed."""
+        return {name: TensorSpec.of(p) for name, p in self.module.named_parameters()}
+
+    @property
+    def inputs(self) -> tuple[TensorSpec, ...]:
+        """What its compiled form is called with: the activations, then the weights."""
+        return (*self.activations, *self.weights.values())
+
+    def export(self, device: torch.device | str) -> torch.export.ExportedProgram:
+        """The graph of the segment on `device`, with every weight as an input and no state.
+
+        Takes no memory: the inputs are traced as fake tensors.
+
+        Raises:
+            Exception: whatever `torch.export` raises for a module that it cannot trace.
+        """
+        lifted = _Lifted(self.module, len(self.activations))
+        with FakeTensorMode(), torch.no_grad():
+            inputs = tuple(spec.empty(device) for spec in self.inputs)
+            return torch.export.export(lifted, inputs, strict=False)
+
+    def digest(self, program: torch.export.ExportedProgram) -> str:
+        """sha256 of what the function is: its graph with all arguments, and its inputs' shapes
+        and dtypes. Equal for equal segments in every process, whatever their weights hold.
+        """
+        inputs = [str(spec) for spec in self.inputs]
+        text = json.dumps({"graph": program.graph_module.code.strip(), "inputs": inputs})
+        return hashlib.sha256(text.encode()).hexdigest()
+
+
+class _Lifted(nn.Module):
+    """A module as a function of activations and weights; it owns no parameters itself."""
+
+    def __init__(self, module: nn.Module, num_activations: int) -> None:
+        super().__init__()
+        # In a tuple, or torch would register it and export its parameters as state.
+        self._hidden = (module,)
+        self._names = tuple(name for name, _ in module.named_parameters())
+        self._num_activations = num_activations
+
+    def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        weights = dict(zip(self._names, inputs[self._num_activations :], strict=True))
+        output = torch.func.functional_call(
+            self._hidden[0], weights, inputs[: self._num_activations]
+        )
+        return output if isinstance(output, tuple) else (output,)
