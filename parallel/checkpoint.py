@@ -26,7 +26,7 @@ class TensorInfo:
     """Where a tensor lies and what it is.
 
     Attributes:
-        file: the safetensors file.
+        file: the safetensors file; the model's folder where there is none.
         dtype: as the header spells it, such as "BF16".
         shape: full, unsharded.
     """
@@ -73,6 +73,18 @@ class Checkpoint:
             # A file may hold more than the index says; what it places elsewhere is read there.
             tensors |= {n: info for n, info in found.items() if promised.get(n, file) == file}
         return cls(folder, tensors)
+
+    @classmethod
+    def imagined(
+        cls, folder: Path, shapes: Mapping[str, tuple[int, ...]], dtype: str
+    ) -> "Checkpoint":
+        """Tensors of these shapes that no file holds, for a model with random weights.
+
+        Args:
+            folder: names the model in messages.
+            dtype: as a header spells it, such as "BF16".
+        """
+        return cls(folder, {n: TensorInfo(folder, dtype, shape) for n, shape in shapes.items()})
 
     def with_prefix(self, prefix: str) -> "Checkpoint":
         """Names as if saved from the whole model, where the file was saved from its base model

@@ -78,6 +78,14 @@ def broadcast_bytes(message: bytes | None, source: int, group: Group) -> bytes:
     return broadcast(buffer, source, group).numpy().tobytes()
 
 
+def all_gather_bytes(message: bytes, group: Group) -> list[bytes]:
+    """The messages of all ranks of the group, in its order, on every rank; sent over the CPU."""
+    return [
+        broadcast_bytes(message if rank == group.ranks[group.rank] else None, rank, group)
+        for rank in group.ranks
+    ]
+
+
 def minimum(value: int, group: Group) -> int:
     """The smallest `value` in the group; a host number, agreed on the CPU."""
     agreed = torch.tensor([value])

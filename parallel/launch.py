@@ -138,7 +138,7 @@ def run_ranks(
             is the job's.
         Interrupted: SIGINT or SIGTERM arrived.
     """
-    with _signals_raise(), socket.socket() as listener, contextlib.ExitStack() as stack:
+    with signals_raise(), socket.socket() as listener, contextlib.ExitStack() as stack:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         ranks: list[_Rank] = []
@@ -296,7 +296,7 @@ def _stop(ranks: Sequence[_Rank]) -> None:
 
 
 @contextlib.contextmanager
-def _signals_raise() -> Iterator[None]:
+def signals_raise() -> Iterator[None]:
     """SIGINT and SIGTERM raise `Interrupted`, once."""
 
     def interrupt(signum: int, _frame: FrameType | None) -> None:

@@ -7,7 +7,7 @@ Pure data, made by a model family; nothing here knows a file or a rank.
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from parallel.rules import Rule
+from parallel.rules import Rule, expand
 from parallel.slicing import HeadShare, Range, padded_split, split_heads, width_split
 
 
@@ -68,6 +68,15 @@ class ModelLayout:
             "kv": self._heads_split(self.num_kv_heads, [share.kv for share in heads]),
             "mlp": Split(self.intermediate_size, width_split(self.intermediate_size, tp_size)),
             "vocab": Split(self.vocab_size, vocab, padded),
+        }
+
+    def stored_shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every tensor that the rules read, as the checkpoint must hold it."""
+        totals = {name: split.total for name, split in self.splits(1).items()}
+        return {
+            source.name: rule.stored_shape(source, totals)
+            for rule in expand(self.rules, self.num_layers)
+            for source in rule.sources
         }
 
     def _heads_split(self, num_heads: int, shares: list[Range]) -> Split:

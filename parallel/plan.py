@@ -11,6 +11,8 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from parallel.errors import ConfigError, IntegrityError
+from parallel.records import read_record
 from parallel.slicing import HeadShare, Range
 from parallel.topology import Topology
 
@@ -121,6 +123,18 @@ class ShardPlan:
     stages: tuple[StagePlan, ...]
     ranks: tuple[RankPlan, ...]
 
+    @classmethod
+    def from_dict(cls, values: Any) -> "ShardPlan":
+        """The plan whose `to_dict` was written as JSON; its digest is that of the original.
+
+        Raises:
+            IntegrityError: a key is missing, unknown or of another type, or the ranks, stages and
+                sizes do not belong together.
+        """
+        plan = read_record(cls, values, "plan")
+        plan._check()
+        return plan
+
     @property
     def topology(self) -> Topology:
         return Topology(self.tp_sizes, self.devices)
@@ -134,7 +148,33 @@ class ShardPlan:
         """Plain JSON types, ranges as two-element lists."""
         return asdict(self)
 
+    def _check(self) -> None:
+        """Ranks are numbered stage by stage, as everything that follows a plan relies on."""
+        try:
+            topology = Topology.of(self.tp_sizes, self.devices)
+        except ConfigError as error:
+            raise IntegrityError(f"plan: {error}") from None
+        if self.dtype not in DTYPE_BYTES:
+            raise IntegrityError(
+                f"plan.dtype is {self.dtype!r}; it must be one of {', '.join(DTYPE_BYTES)}"
+            )
+        if len(self.stages) != topology.num_stages or len(self.ranks) != topology.world_size:
+            raise IntegrityError(
+                f"plan has {len(self.stages)} stages and {len(self.ranks)} ranks; its tp_sizes "
+                f"{list(self.tp_sizes)} need {topology.num_stages} and {topology.world_size}"
+            )
+        for number, rank in enumerate(self.ranks):
+            place = topology.coordinate(number)
+            needed = (number, place.stage, place.tp_rank, self.devices[number])
+            found = (rank.rank, rank.stage, rank.tp_rank, rank.device)
+            if found != needed:
+                raise IntegrityError(
+                    f"plan.ranks[{number}] has rank, stage, tp_rank, device {list(found)}; they "
+                    f"must be {list(needed)}"
+                )
+
     def digest(self) -> str:
         """sha256 of the plan's canonical JSON; equal plans have equal digests on every host."""
-        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        # `vars` of a dataclass is what `to_dict` makes of it, without a copy.
+        text = json.dumps(self, default=vars, sort_keys=True, separators=(",", ":"))
         return hashlib.sha256(text.encode()).hexdigest()

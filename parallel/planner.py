@@ -71,7 +71,7 @@ def make_plan(
     """
     rules = expand(layout.rules, layout.num_layers)
     check_strict(rules, checkpoint.tensors, ignored=layout.ignored, where=str(checkpoint.folder))
-    _check_tensors(rules, layout, checkpoint)
+    _check_tensors(layout, checkpoint)
     for tp_size in set(topology.tp_sizes):
         layout.splits(tp_size)
 
@@ -113,23 +113,20 @@ def _cost(
     return sum(math.prod(tensors[s.name].shape) for s in sources) * item_bytes
 
 
-def _check_tensors(rules: Sequence[Rule], layout: ModelLayout, checkpoint: Checkpoint) -> None:
+def _check_tensors(layout: ModelLayout, checkpoint: Checkpoint) -> None:
     """Shapes that `config.json` implies, and dtypes that can be read."""
-    totals = {name: split.total for name, split in layout.splits(1).items()}
-    for rule in rules:
-        for source in rule.sources:
-            info = checkpoint.tensors[source.name]
-            if info.dtype not in LOADABLE_BYTES:
-                raise IntegrityError(
-                    f"{info.file}: tensor {source.name} has dtype {info.dtype}; "
-                    f"{', '.join(LOADABLE_BYTES)} can be loaded"
-                )
-            expected = rule.stored_shape(source, totals)
-            if info.shape != expected:
-                raise IntegrityError(
-                    f"{info.file}: tensor {source.name} has shape {list(info.shape)}, but "
-                    f"config.json implies {list(expected)}"
-                )
+    for name, expected in layout.stored_shapes().items():
+        info = checkpoint.tensors[name]
+        if info.dtype not in LOADABLE_BYTES:
+            raise IntegrityError(
+                f"{info.file}: tensor {name} has dtype {info.dtype}; "
+                f"{', '.join(LOADABLE_BYTES)} can be loaded"
+            )
+        if info.shape != expected:
+            raise IntegrityError(
+                f"{info.file}: tensor {name} has shape {list(info.shape)}, but "
+                f"config.json implies {list(expected)}"
+            )
 
 
 def _check_embeddings_together(layout: ModelLayout, cut: Cut) -> None:

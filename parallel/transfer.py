@@ -34,9 +34,15 @@ class CarryTransfer:
         ]
         self._in_flight: list[tuple[dist.Work, torch.Tensor]] = []
 
+    def incoming(self, num_tokens: int) -> list[torch.Tensor]:
+        """Where `receive` puts the carries of one step, each (num_tokens, ...); always the same
+        memory. Empty on the first stage.
+        """
+        return [buffer[:num_tokens] for buffer in self._buffers]
+
     def receive(self, num_tokens: int) -> list[torch.Tensor]:
         """The carries of one step, each (num_tokens, ...); valid until the next `receive`."""
-        views = [buffer[:num_tokens] for buffer in self._buffers]
+        views = self.incoming(num_tokens)
         pending = [dist.irecv(view, src=self._source, group=self._group) for view in views]
         for work in pending:
             if work is not None:

@@ -1,27 +1,41 @@
-"""From a configuration to a job: the model it names, and the `ShardPlan` that divides it.
+"""From a configuration, or a bundle, to a job: the model, and the `ShardPlan` that divides it.
 
 Runs in every process and needs neither torch nor a device, so that a user's mistake is found before
 any rank is started.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from parallel.fit import Budget
 from parallel.plan import ShardPlan
 from parallel.planner import Limits, make_plan
 from parallel.topology import Topology
+from runner.bundle.bundle import Bundle
+from runner.compiler.buckets import buckets_of
 from runner.config.schema import RunnerConfig
 from runner.models.spec import ModelSpec
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True)
 class Job:
-    """What every rank of a job knows before it starts."""
+    """What every rank of a job knows before it starts.
+
+    Attributes:
+        bundle: what it runs from; None: from the model's own folder.
+        on_mismatch: what runs instead of the bundle's artefacts, where they are for another host.
+    """
 
     config: RunnerConfig
     spec: ModelSpec
     plan: ShardPlan
+    bundle: Bundle | None = None
+    on_mismatch: Literal["rebuild", "eager"] | None = None
 
     @classmethod
     def prepare(cls, config: RunnerConfig) -> "Job":
@@ -31,8 +45,45 @@ class Job:
             ConfigError: the model, a size or a cut is not possible.
             IntegrityError: a file of the model is absent, truncated, corrupt or does not match.
         """
-        spec = ModelSpec.open(Path(config.model.path))
+        spec = ModelSpec.open(Path(config.model.path), load_format=config.model.load_format)
         return cls(config, spec, plan_of(config, spec))
+
+    @classmethod
+    def from_bundle(cls, bundle: Bundle, config: RunnerConfig) -> "Job":
+        """Run what `shardline compile` made.
+
+        Args:
+            config: the bundle's own, with whatever may differ at run time.
+
+        Raises:
+            IntegrityError: the bundle does not hold together.
+        """
+        spec = ModelSpec.open(bundle.model_folder, load_format="dummy")
+        return cls(config, spec, bundle.plan, bundle)
+
+    @property
+    def buckets(self) -> tuple[int, ...]:
+        """Numbers of tokens that compiled steps are padded to."""
+        limit = self.config.scheduler.max_num_batched_tokens
+        return buckets_of(self.config.compile.buckets, limit)
+
+    def weights(
+        self, rank: int, *, dtype: "torch.dtype", device: "torch.device"
+    ) -> Iterator[tuple[str, "torch.Tensor"]]:
+        """The parameters of a rank by name, from wherever this job has them.
+
+        Raises:
+            IntegrityError: a file cannot be read.
+        """
+        from parallel.random_weights import random_weights
+        from parallel.weights import stream
+
+        rank_plan = self.plan.ranks[rank]
+        if self.config.model.load_format == "dummy":
+            return random_weights(rank_plan, dtype=dtype, device=device)
+        if self.bundle:
+            return self.bundle.weights(rank, device=device)
+        return stream(self.spec.checkpoint, rank_plan, dtype=dtype, device=device)
 
 
 def topology_of(config: RunnerConfig) -> Topology:

@@ -15,8 +15,9 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"runner.__main__"},
     {"runner.cli"},
-    {"runner.serve", "runner.bench"},
+    {"runner.serve", "runner.bench", "runner.build"},
     {"runner.engine"},
+    {"runner.bundled"},
     {"runner.planning"},
     {
         "runner.bundle",

@@ -13,9 +13,12 @@ import typer
 
 from parallel.errors import InternalError, RankLostError, ShardlineError
 from parallel.launch import Failure, Interrupted, RankEnv, adopt, report
+from runner.cli.bench import bench
+from runner.cli.compile import compile_model
 from runner.cli.doctor import doctor
 from runner.cli.generate import generate
 from runner.cli.import_model import import_model
+from runner.cli.inspect import inspect
 from runner.cli.plan import plan
 
 app = typer.Typer(
@@ -39,7 +42,10 @@ def _global_options(
 app.command("doctor")(doctor)
 app.command("import")(import_model)
 app.command("plan")(plan)
+app.command("compile")(compile_model)
 app.command("generate")(generate)
+app.command("inspect")(inspect)
+app.add_typer(bench, name="bench")
 
 
 def main() -> None:

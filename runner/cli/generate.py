@@ -1,19 +1,15 @@
 """`shardline generate`: complete prompts, streaming the text, on as many ranks as the plan has."""
 
-import os
 import secrets
-import sys
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from runner.cli.options import with_model_options
-from runner.cli.table import plural
+from runner.cli.options import with_job_options
+from runner.cli.ranks import run_job
 
 if TYPE_CHECKING:
-    from runner.config.load import LoadedConfig
     from runner.engine.completion import BatchFront
     from runner.engine.request import SamplingParams
     from runner.planning import Job
@@ -24,10 +20,10 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS = 256
 
 
-@with_model_options
+@with_job_options
 def generate(
     *,
-    loaded: "LoadedConfig",
+    job: "Job",
     prompt: Annotated[
         list[str], typer.Option("--prompt", help="Text to continue; may be given several times.")
     ],
@@ -70,53 +66,15 @@ def generate(
     Sampling defaults to the model's generation_config.json, else it is greedy. Starts its own
     ranks, or joins those that torchrun started.
     """
-    from parallel.launch import RankEnv, adopt, run_ranks
-    from runner.planning import Job
-
-    job = Job.prepare(loaded.config)
-    topology = job.plan.topology
-    env = adopt()
-    if env:
-        topology.check_world_size(env.world_size)
-    front = None
-    if env is None or env.rank == 0:
-        asked = {
-            "temperature": temperature,
-            "top_p": top_p,
-            "top_k": top_k,
-            "min_p": min_p,
-            "repetition_penalty": repetition_penalty,
-            "seed": seed,
-        }
-        front = _front(job, prompt, chat, max_tokens, asked, stop or [], as_json)
-        if env is None or env.report_fd is None:
-            _say_what_runs(job)
-    if env is None and topology.world_size > 1:
-        run_ranks(
-            # -P: a runner.py in the user's directory is not this package.
-            [sys.executable, "-P", "-m", "runner", *sys.argv[1:]],
-            topology.world_size,
-            describe=topology.describe,
-            environment={"PYTHONPATH": _with_package_root(os.environ.get("PYTHONPATH"))},
-        )
-        return
-
-    from runner.engine.rank import run_rank
-
-    run_rank(job, env or RankEnv(0, 1), front)
-
-
-def _with_package_root(python_path: str | None) -> str:
-    root = str(Path(__file__).parents[2])
-    return f"{root}{os.pathsep}{python_path}" if python_path else root
-
-
-def _say_what_runs(job: "Job") -> None:
-    plan = job.plan
-    sys.stderr.write(
-        f"shardline: eager (not compiled), {plan.dtype}, {plural(len(plan.ranks), 'rank')}, "
-        f"tensor-parallel sizes {list(plan.tp_sizes)}\n"
-    )
+    asked = {
+        "temperature": temperature,
+        "top_p": top_p,
+        "top_k": top_k,
+        "min_p": min_p,
+        "repetition_penalty": repetition_penalty,
+        "seed": seed,
+    }
+    run_job(job, lambda: _front(job, prompt, chat, max_tokens, asked, stop or [], as_json))
 
 
 def _front(

@@ -4,14 +4,26 @@ both.
 
 import inspect
 from collections.abc import Callable
+from enum import StrEnum
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
+from parallel.errors import ConfigError
+
 if TYPE_CHECKING:
     from runner.config.load import LoadedConfig
+    from runner.planning import Job
+
+
+class OnMismatch(StrEnum):
+    """What to do with a bundle whose artefacts cannot run on this host."""
+
+    FAIL = "fail"
+    REBUILD = "rebuild"
+    EAGER = "eager"
 
 
 def _model_options(
@@ -32,6 +44,10 @@ def _model_options(
     dtype: Annotated[
         str | None, typer.Option("--dtype", help="auto, float32, bfloat16 or float16.")
     ] = None,
+    load_format: Annotated[
+        str | None,
+        typer.Option("--load-format", help="auto, or dummy: random weights, only config.json."),
+    ] = None,
     max_model_len: Annotated[
         int | None, typer.Option("--max-model-len", help="Most tokens of prompt and completion.")
     ] = None,
@@ -50,6 +66,7 @@ def _model_options(
         "parallel.tensor_parallel_size": ("--tensor-parallel-size", tensor_parallel_size),
         "parallel.pipeline_parallel_size": ("--pipeline-parallel-size", pipeline_parallel_size),
         "model.dtype": ("--dtype", dtype),
+        "model.load_format": ("--load-format", load_format),
         "model.max_model_len": ("--max-model-len", max_model_len),
         "parallel.device": ("--device", device),
     }
@@ -57,17 +74,82 @@ def _model_options(
     return load(config, flags=flags, overrides=overrides or ())
 
 
+def _job_options(
+    *,
+    bundle: Annotated[
+        Path | None,
+        typer.Option("--bundle", metavar="DIR", help="Run what `shardline compile` made."),
+    ] = None,
+    accept_parity: Annotated[
+        bool,
+        typer.Option("--accept-parity", help="Run a bundle that failed its parity check."),
+    ] = False,
+    on_mismatch: Annotated[
+        OnMismatch,
+        typer.Option(
+            "--on-mismatch", help="If a bundle was compiled for another host: fail, rebuild, eager."
+        ),
+    ] = OnMismatch.FAIL,
+    **model: Any,
+) -> "Job":
+    """A job from a bundle, or from a model and its options.
+
+    Raises:
+        ConfigError: what a bundle was compiled for cannot be changed by an option.
+        ParityError: the bundle failed its check.
+        IncompatibleError: the bundle was compiled for another host.
+    """
+    from runner.planning import Job
+
+    if bundle is None:
+        return Job.prepare(_model_options(**model).config)
+    if given := [name for name, value in model.items() if value and name != "overrides"]:
+        option = "--" + given[0].replace("_", "-")
+        raise ConfigError(
+            f"{option} cannot be used with --bundle, which holds a model as it was compiled; "
+            "leave it out, or compile again with it"
+        )
+    from runner.bundled import open_job
+
+    return open_job(
+        bundle,
+        overrides=model["overrides"] or (),
+        accept_parity=accept_parity,
+        on_mismatch=on_mismatch.value,
+    )
+
+
 def with_model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command these options before its own; it gets them as `loaded: LoadedConfig`."""
-    shared = inspect.signature(_model_options).parameters
+    return _with_options(command, "loaded", _model_options, _parameters(_model_options))
+
+
+def with_job_options(command: Callable[..., None]) -> Callable[..., None]:
+    """The same options and `--bundle`; the command gets `job: Job`."""
+    shared = {**_parameters(_job_options), **_parameters(_model_options)}
+    return _with_options(command, "job", _job_options, shared)
+
+
+def _parameters(options: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    signature = inspect.signature(options).parameters
+    return {n: p for n, p in signature.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
+
+
+def _with_options(
+    command: Callable[..., None],
+    name: str,
+    make: Callable[..., Any],
+    shared: dict[str, inspect.Parameter],
+) -> Callable[..., None]:
+    """Put `shared` before the command's own options, and what `make` makes of them into `name`."""
     own = inspect.signature(command).parameters
 
     @wraps(command)
     def wrapped(**given: Any) -> None:
-        loaded = _model_options(**{name: given.pop(name) for name in shared})
-        command(loaded=loaded, **given)
+        made = make(**{option: given.pop(option) for option in shared})
+        command(**{name: made}, **given)
 
-    parameters = [*shared.values(), *(p for name, p in own.items() if name != "loaded")]
+    parameters = [*shared.values(), *(p for option, p in own.items() if option != name)]
     wrapped.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     wrapped.__annotations__ = {p.name: p.annotation for p in parameters}
     return wrapped

@@ -147,7 +147,7 @@ def _choose(loaded: "LoadedConfig", gpus: _Gpus, count: int | None) -> _Result:
         raise ConfigError(f"--auto needs {' and '.join(missing)} here: {gpus.absence}")
 
     config = loaded.config
-    spec = ModelSpec.open(Path(config.model.path))
+    spec = ModelSpec.open(Path(config.model.path), load_format=config.model.load_format)
     budget = budget_of(config, gpus.memory_bytes)
     candidates = [
         assess(plan_of(with_sizes(config, tp_size=tp_size, pp_size=pp_size), spec), budget)

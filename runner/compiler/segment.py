@@ -66,10 +66,13 @@ class Segment:
         Raises:
             Exception: whatever `torch.export` raises for a module that it cannot trace.
         """
-        lifted = _Lifted(self.module, len(self.activations))
         with FakeTensorMode(), torch.no_grad():
             inputs = tuple(spec.empty(device) for spec in self.inputs)
-            return torch.export.export(lifted, inputs, strict=False)
+            return torch.export.export(self.function(), inputs, strict=False)
+
+    def function(self) -> nn.Module:
+        """The segment as PyTorch runs it: inputs in, a tuple of outputs out; holds no weights."""
+        return _Function(self.module, len(self.activations))
 
     def digest(self, program: torch.export.ExportedProgram) -> str:
         """sha256 of what the function is: its graph with all arguments, and its inputs' shapes
@@ -80,7 +83,7 @@ class Segment:
         return hashlib.sha256(text.encode()).hexdigest()
 
 
-class _Lifted(nn.Module):
+class _Function(nn.Module):
     """A module as a function of activations and weights; it owns no parameters itself."""
 
     def __init__(self, module: nn.Module, num_activations: int) -> None:

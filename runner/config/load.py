@@ -3,6 +3,7 @@
 What the keys are is said in `schema`; what the model's directory holds is `runner.models`'s part.
 """
 
+import copy
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,6 +44,7 @@ class LoadedConfig:
 def load(
     path: Path | None,
     *,
+    base: Mapping[str, Any] = MappingProxyType({"version": 1}),
     flags: Mapping[str, Flag] = MappingProxyType({}),
     overrides: Sequence[str] = (),
 ) -> LoadedConfig:
@@ -50,13 +52,14 @@ def load(
 
     Args:
         path: the YAML file; None for flags and overrides alone.
+        base: stands for the file where there is none; the values of a bundle, for example.
         flags: dotted key -> the flag that stands for it.
         overrides: the `a.b=value` strings of `--set`; of two for one key the later wins.
 
     Raises:
         ConfigError: lists every problem, a line each, with file, line and column, or the flag.
     """
-    settings = Settings(read(path) if path else Document("", {"version": 1}))
+    settings = Settings(read(path) if path else Document("", copy.deepcopy(dict(base))))
     for key, flag in flags.items():
         settings.put_flag(key, flag)
     for override in overrides:

@@ -100,7 +100,13 @@ def _value(prop: dict[str, Any]) -> str:
         return "section"
     if prop["type"] == "array":
         return f"list ({_value(prop['items'])})"
-    names = {"integer": "whole number", "number": "number", "string": "text", "null": "`null`"}
+    names = {
+        "boolean": "true or false",
+        "integer": "whole number",
+        "number": "number",
+        "string": "text",
+        "null": "`null`",
+    }
     return names[prop["type"]] + _bounds(prop)
 
 

@@ -42,6 +42,9 @@ class ModelConfig(Section):
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
     """Type of weights and activations; auto is that of the checkpoint's config, on a CPU too."""
 
+    load_format: Literal["auto", "dummy"] = "auto"
+    """Where weights come from; dummy means random ones at the shape of config.json, to measure."""
+
     max_model_len: Count | None = None
     """Most tokens of a sequence, prompt and completion; null means the model's own limit."""
 
@@ -157,6 +160,47 @@ class ParallelConfig(Section):
         return faults
 
 
+class ParityConfig(Section):
+    """What a compiled model must keep of the original to be accepted."""
+
+    max_error_ratio: Annotated[float, Field(ge=1)] = 4.0
+    """Largest error of a layer, as a multiple of that of the uncompiled one."""
+
+    min_cosine: Annotated[float, Field(gt=0, le=1)] = 0.999
+    """Smallest cosine between a layer's contribution and that of the original in full precision."""
+
+    min_top1: Annotated[float, Field(ge=0, le=1)] = 0.99
+    """Smallest share of positions at which the likeliest token is that of the uncompiled model."""
+
+    max_kl: Annotated[float, Field(gt=0)] = 0.02
+    """Largest mean KL divergence from the uncompiled model's distribution, in nats."""
+
+    num_tokens: Count = 128
+    """Positions that the whole model is compared at."""
+
+
+class CompileConfig(Section):
+    """How the parts of a stage are compiled."""
+
+    backend: Literal["tensorrt", "inductor", "eager", "auto"] = "tensorrt"
+    """What compiles them; auto measures all that are installed on this GPU, part by part."""
+
+    buckets: Annotated[list[Count], Field(min_length=1)] | None = None
+    """Numbers of tokens that steps are padded to, ascending; null means the powers of two."""
+
+    enforce_eager: bool = False
+    """Whether GPUs run every step call by call; false means decode steps are CUDA graphs."""
+
+    parity: ParityConfig = Field(default_factory=ParityConfig)
+
+    @field_validator("buckets")
+    @classmethod
+    def _ascending(cls, buckets: list[int] | None) -> list[int] | None:
+        if buckets is not None and buckets != sorted(set(buckets)):
+            raise ValueError(f"{buckets} is not ascending; use {sorted(set(buckets))}")
+        return buckets
+
+
 class SchedulerConfig(Section):
     """How many sequences and tokens one step may hold."""
 
@@ -203,6 +247,7 @@ class RunnerConfig(Section):
 
     model: ModelConfig
     parallel: ParallelConfig = Field(default_factory=ParallelConfig)
+    compile: CompileConfig = Field(default_factory=CompileConfig)
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     kv_cache: KVCacheConfig = Field(default_factory=KVCacheConfig)
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)

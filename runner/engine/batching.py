@@ -1,6 +1,8 @@
-"""From scheduled sequences to the flat tensors of one step."""
+"""From scheduled sequences to the flat tensors of one step, padded where it runs compiled."""
 
+from bisect import bisect_left
 from collections.abc import Sequence as Seq
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -9,13 +11,87 @@ from runner.engine.scheduler import Scheduled
 from runner.models.batch import Batch
 
 
-def make_batch(scheduled: Seq[Scheduled], block_size: int, device: torch.device) -> Batch:
+@dataclass(frozen=True)
+class Padding:
+    """How a step is filled up to what was compiled or captured.
+
+    Attributes:
+        buckets: numbers of rows for which there are artefacts, ascending.
+        scratch_block: the KV block that padding writes to and no sequence reads.
+        table_width: blocks of the longest sequence, for steps that are captured, whose sequences
+            are padded, too; None: no step is captured.
+    """
+
+    buckets: tuple[int, ...]
+    scratch_block: int
+    table_width: int | None = None
+
+    def bucket(self, num_rows: int) -> int:
+        """The smallest bucket that holds so many rows."""
+        return self.buckets[bisect_left(self.buckets, num_rows)]
+
+
+@dataclass(frozen=True)
+class StepInputs:
+    """A step's numbers on the host, packed so that few copies take them to the device.
+
+    Attributes:
+        longs: (4 * num_rows + num_samples,) int64: token ids, positions, rope variants, slots, and
+            the rows whose logits are wanted; padding included.
+        ints: (2 * num_seqs + 1,) int32: where each sequence's rows begin and the end, then the
+            lengths in the KV cache.
+        tables: the KV blocks of each sequence.
+        query_lens, kv_lens: of the real sequences; see `Batch`.
+        num_rows, num_seqs: with padding.
+        num_samples: without padding.
+        is_decode: each sequence has one token, and the step is padded for a captured graph.
+    """
+
+    longs: torch.Tensor
+    ints: torch.Tensor
+    tables: tuple[list[int], ...]
+    query_lens: tuple[int, ...]
+    kv_lens: tuple[int, ...]
+    num_rows: int
+    num_seqs: int
+    num_samples: int
+    is_decode: bool
+
+    def to(self, device: torch.device) -> Batch:
+        """The step in fresh tensors on a device."""
+        width = max(map(len, self.tables), default=0)
+        rows = [table + [0] * (width - len(table)) for table in self.tables]
+        tables = torch.tensor(rows, dtype=torch.int32)
+        longs, ints, tables = (_copy(x, device) for x in (self.longs, self.ints, tables))
+        return self.over(longs, ints, tables)
+
+    def over(self, longs: torch.Tensor, ints: torch.Tensor, tables: torch.Tensor) -> Batch:
+        """The step as views of tensors that hold, or will hold, its numbers."""
+        n = self.num_rows
+        token_ids, positions, variants, slots = longs[: 4 * n].view(4, n).unbind()
+        return Batch(
+            token_ids=token_ids,
+            positions=positions,
+            rope_variants=variants,
+            slots=slots,
+            block_tables=tables,
+            query_offsets=ints[: self.num_seqs + 1],
+            kv_lengths=ints[self.num_seqs + 1 :],
+            query_lens=self.query_lens,
+            kv_lens=self.kv_lens,
+            logits_rows=longs[4 * n :],
+        )
+
+
+def lay_out(
+    scheduled: Seq[Scheduled], block_size: int, padding: Padding | None = None
+) -> StepInputs:
     """Lay a step's tokens out one sequence after the other."""
     token_ids: list[int] = []
     positions: list[int] = []
     variants: list[int] = []
     slots: list[int] = []
-    last_rows: list[int] = []
+    samples: list[int] = []
     for part in scheduled:
         sequence = part.sequence
         span = range(sequence.num_computed, sequence.num_computed + part.num_tokens)
@@ -24,26 +100,54 @@ def make_batch(scheduled: Seq[Scheduled], block_size: int, device: torch.device)
         variants += [sequence.rope_variant] * len(span)
         slots += (sequence.blocks[p // block_size] * block_size + p % block_size for p in span)
         if part.samples:
-            last_rows.append(len(token_ids) - 1)
-
-    def tensor(
-        values: list[int] | list[list[int]], dtype: torch.dtype = torch.int64
-    ) -> torch.Tensor:
-        return torch.tensor(values, dtype=dtype, device=device)
-
-    widest = max(len(part.sequence.blocks) for part in scheduled)
-    tables = [s.sequence.blocks + [0] * (widest - len(s.sequence.blocks)) for s in scheduled]
-    query_lens = tuple(part.num_tokens for part in scheduled)
-    kv_lens = tuple(part.sequence.num_computed + part.num_tokens for part in scheduled)
-    return Batch(
-        token_ids=tensor(token_ids),
-        positions=tensor(positions),
-        rope_variants=tensor(variants),
-        slots=tensor(slots),
-        block_tables=tensor(tables, torch.int32),
-        query_offsets=tensor(list(accumulate(query_lens, initial=0)), torch.int32),
-        kv_lengths=tensor(list(kv_lens), torch.int32),
-        query_lens=query_lens,
-        kv_lens=kv_lens,
-        logits_rows=tensor(last_rows),
+            samples.append(len(token_ids) - 1)
+    step = StepInputs(
+        longs=torch.tensor([token_ids, positions, variants, slots]),
+        ints=torch.empty(0),
+        tables=tuple(part.sequence.blocks for part in scheduled),
+        query_lens=tuple(part.num_tokens for part in scheduled),
+        kv_lens=tuple(part.sequence.num_computed + part.num_tokens for part in scheduled),
+        num_rows=len(token_ids),
+        num_seqs=len(scheduled),
+        num_samples=len(samples),
+        is_decode=False,
     )
+    return _pack(step, samples, padding, block_size)
+
+
+def make_batch(scheduled: Seq[Scheduled], block_size: int, device: torch.device) -> Batch:
+    """A step's tensors on a device, without padding."""
+    return lay_out(scheduled, block_size).to(device)
+
+
+def _pack(
+    step: StepInputs, samples: list[int], padding: Padding | None, block_size: int
+) -> StepInputs:
+    num_rows, num_seqs, num_samples = step.num_rows, step.num_seqs, step.num_samples
+    is_decode = False
+    if padding:
+        num_rows = padding.bucket(step.num_rows)
+        num_samples = padding.bucket(num_samples) if num_samples else 0
+        is_decode = padding.table_width is not None and len(samples) == step.num_rows
+        num_seqs = num_rows if is_decode else num_seqs
+    longs = torch.zeros(4 * num_rows + num_samples, dtype=torch.int64)
+    rows = longs[: 4 * num_rows].view(4, num_rows)
+    rows[:, : step.num_rows] = step.longs
+    if padding:
+        rows[3, step.num_rows :] = padding.scratch_block * block_size
+    longs[4 * num_rows : 4 * num_rows + len(samples)] = torch.tensor(samples, dtype=torch.int64)
+    offsets = list(accumulate(step.query_lens, initial=0))
+    unused = num_seqs - step.num_seqs
+    # A sequence of padding has a row of its own and an empty cache.
+    offsets += range(offsets[-1] + 1, offsets[-1] + 1 + unused)
+    ints = torch.tensor([*offsets, *step.kv_lens, *[0] * unused], dtype=torch.int32)
+    return replace(
+        step, longs=longs, ints=ints, num_rows=num_rows, num_seqs=num_seqs, is_decode=is_decode
+    )
+
+
+def _copy(x: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """To the device, without waiting for it."""
+    if device.type == "cpu":
+        return x
+    return x.pin_memory().to(device, non_blocking=True)

@@ -8,12 +8,12 @@ import torch
 
 from parallel.collectives import broadcast
 from parallel.context import ParallelContext
-from parallel.errors import ConfigError
-from runner.engine.batching import make_batch
+from parallel.errors import ConfigError, RankLostError
+from runner.engine.batching import lay_out
 from runner.engine.control import Control
-from runner.engine.sampler import sample
+from runner.engine.sampler import NOT_FINITE, sample
 from runner.engine.scheduler import Output, Scheduled, Scheduler
-from runner.engine.stage_runner import StageRunner
+from runner.engine.stage_runner import StageRunner, StepOutput
 
 
 @dataclass(frozen=True)
@@ -42,30 +42,33 @@ class Engine:
     def step(self) -> list[Output]:
         """Schedule, run, sample, commit: at most one new token for every running sequence."""
         scheduled = self.scheduler.schedule()
-        batch = make_batch(scheduled, self.block_size, self.context.device)
-        logits = self.stage_runner.run(batch)
-        token_ids = self._sample(scheduled, logits)
+        inputs = lay_out(scheduled, self.block_size, self.stage_runner.padding)
+        output = self.stage_runner.run(inputs)
+        token_ids = self._sample(scheduled, output)
         return self.scheduler.commit(scheduled, token_ids)
 
-    def _sample(self, scheduled: list[Scheduled], logits: torch.Tensor | None) -> list[int]:
-        """The first rank of the last stage chooses; every rank learns."""
+    def _sample(self, scheduled: list[Scheduled], output: StepOutput | None) -> list[int]:
+        """The first rank of the last stage chooses; every rank learns.
+
+        Raises:
+            ConfigError: logits are not finite numbers; to the rank that chose.
+            RankLostError: the same, to the others.
+        """
         sequences = [part.sequence for part in scheduled if part.samples]
         if not sequences:
             return []
         source = self.context.topology.ranks(self.context.topology.last_stage)[0]
-        if self.context.rank == source and logits is not None:
-            _check_finite(logits)
-            token_ids = sample(logits, sequences)
+        if self.context.rank == source and output is not None:
+            token_ids = sample(output.logits, output.greedy, sequences)
         else:
             token_ids = torch.empty(len(sequences), dtype=torch.int64, device=self.context.device)
         chosen: list[int] = broadcast(token_ids, source, self.context.world).tolist()
+        if NOT_FINITE in chosen and self.context.rank != source:
+            raise RankLostError(f"rank {source} could not choose a token", peer=True)
+        if NOT_FINITE in chosen:
+            dtype = str(self.stage_runner.stage.dtype).removeprefix("torch.")
+            raise ConfigError(
+                f"the model's logits are not finite numbers in {dtype}; "
+                "use --dtype bfloat16 or float32, or copy the weights again"
+            )
         return chosen
-
-
-def _check_finite(logits: torch.Tensor) -> None:
-    if not logits.isfinite().all():
-        raise ConfigError(
-            "the model's logits are not finite numbers in "
-            f"{str(logits.dtype).removeprefix('torch.')}; "
-            "use --dtype bfloat16 or float32, or copy the weights again"
-        )

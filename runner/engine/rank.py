@@ -1,5 +1,7 @@
 """The life of a rank: join the others, load, step until rank 0 says to leave."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Protocol
 
 import torch
@@ -12,6 +14,7 @@ from parallel.launch import RankEnv
 from runner.engine.control import Control
 from runner.engine.engine import Engine
 from runner.engine.kv_capacity import agree_on_blocks, check_weights_fit
+from runner.engine.loading import load_stage
 from runner.engine.scheduler import BlockPool, Output, Scheduler
 from runner.engine.stage_runner import StageRunner
 from runner.planning import Job
@@ -36,11 +39,29 @@ class Front(Protocol):
         ...
 
 
-class _Phase:
+class Phase:
     """What a rank is doing, for the message if it fails."""
 
     def __init__(self) -> None:
         self.name = "starting"
+
+
+@contextmanager
+def as_rank(job: Job, env: RankEnv) -> Iterator[Phase]:
+    """Say of whatever goes wrong inside which rank it was, and what it was doing.
+
+    Raises:
+        ShardlineError: a cause that the user can mend.
+        RankLostError: anything else.
+    """
+    phase = Phase()
+    try:
+        yield phase
+    except Exception as error:
+        ours = _as_ours(error, phase)
+        if env.world_size > 1:
+            ours.rank = job.plan.topology.describe(env.rank)
+        raise ours from error
 
 
 def run_rank(job: Job, env: RankEnv, front: Front | None) -> None:
@@ -50,41 +71,36 @@ def run_rank(job: Job, env: RankEnv, front: Front | None) -> None:
         front: on rank 0 the source of requests; None elsewhere.
 
     Raises:
-        ShardlineError: a cause that the user can mend.
-        RankLostError: anything else, with what the rank was doing.
+        ShardlineError: see `as_rank`.
     """
-    phase = _Phase()
-    try:
-        _run(job, env, front, phase)
-    except Exception as error:
-        ours = _as_ours(error, phase)
-        if env.world_size > 1:
-            ours.rank = job.plan.topology.describe(env.rank)
-        raise ours from error
+    with as_rank(job, env) as phase:
+        context = join(job, env, phase)
+        phase.name = "loading weights"
+        check_weights_fit(job.plan, context, job.config.kv_cache.gpu_memory_utilization)
+        stage_runner = load_stage(job, context)
+        phase.name = "allocating the KV cache"
+        engine = make_engine(job, stage_runner, front)
+        phase.name = "generating"
+        loop(engine, front)
+        stage_runner.transfer.drain()
+        context.close()
 
 
-def _as_ours(error: Exception, phase: _Phase) -> ShardlineError:
+def join(job: Job, env: RankEnv, phase: Phase) -> ParallelContext:
+    """Meet the other ranks, and make sure that they have the same plan."""
+    phase.name = "joining the other ranks"
+    context = _open_context(job, env)
+    phase.name = "comparing plans"
+    _check_same_plan(job, context)
+    return context
+
+
+def _as_ours(error: Exception, phase: Phase) -> ShardlineError:
     if isinstance(error, ShardlineError):
         return error
     if isinstance(error, BrokenPipeError):
         return OutputClosedError("standard output was closed before the text was complete")
     return as_rank_error(error, phase.name)
-
-
-def _run(job: Job, env: RankEnv, front: Front | None, phase: _Phase) -> None:
-    phase.name = "joining the other ranks"
-    context = _open_context(job, env)
-    phase.name = "comparing plans"
-    _check_same_plan(job, context)
-    phase.name = "loading weights"
-    check_weights_fit(job.plan, context, job.config.kv_cache.gpu_memory_utilization)
-    stage_runner = StageRunner.load(job.spec, job.plan, context)
-    phase.name = "allocating the KV cache"
-    engine = make_engine(job, stage_runner, front)
-    phase.name = "generating"
-    loop(engine, front)
-    stage_runner.transfer.drain()
-    context.close()
 
 
 def loop(engine: Engine, front: Front | None) -> None:
@@ -137,6 +153,10 @@ def make_engine(job: Job, stage_runner: StageRunner, front: Front | None) -> Eng
         utilization=config.kv_cache.gpu_memory_utilization,
     )
     stage_runner.allocate(num_blocks, block_size)
+    if stage_runner.padding and context.device.type == "cuda" and not config.compile.enforce_eager:
+        stage_runner.capture(
+            max_num_seqs=config.scheduler.max_num_seqs, max_model_len=job.plan.max_model_len
+        )
     scheduler = Scheduler(
         BlockPool(num_blocks, block_size),
         max_num_seqs=config.scheduler.max_num_seqs,

@@ -13,26 +13,41 @@ import torch
 from runner.engine.request import SamplingParams
 from runner.engine.sequence import Sequence
 
+NOT_FINITE = -1
+"""In place of a token id: the row's logits are not finite numbers."""
 
-def sample(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
+
+def choose_greedily(logits: torch.Tensor) -> torch.Tensor:
+    """The likeliest token of every row, or `NOT_FINITE`; can be captured in a CUDA graph.
+
+    Shapes: (num_samples, vocab_size) -> (num_samples,) int64.
+    """
+    return torch.where(logits.isfinite().all(-1), logits.argmax(-1), NOT_FINITE)
+
+
+def sample(logits: torch.Tensor, greedy: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
     """The next token of every sequence.
 
     Args:
         logits: (num_samples, vocab_size).
+        greedy: what `choose_greedily` says of them.
 
     Returns:
-        (num_samples,) int64 on the device of `logits`.
+        (num_samples,) int64 on the device of `logits`; `NOT_FINITE` where it is that in `greedy`.
     """
     params = [sequence.request.sampling for sequence in sequences]
+    if all(p.temperature == 0 and p.repetition_penalty == 1.0 for p in params):
+        return greedy
     # A copy: the penalties are written in place, and a stage's output cannot be written to.
     logits = _penalize(logits.to(torch.float32, copy=True), sequences)
-    greedy = logits.argmax(-1)
+    chosen = logits.argmax(-1)
     random_rows = [row for row, p in enumerate(params) if p.temperature > 0]
-    if not random_rows:
-        return greedy
-    uniforms = [uniform(params[row].seed, len(sequences[row].token_ids)) for row in random_rows]
-    drawn = _draw(logits[random_rows], [params[row] for row in random_rows], uniforms)
-    return greedy.index_copy(0, torch.tensor(random_rows, device=logits.device), drawn)
+    if random_rows:
+        uniforms = [uniform(params[row].seed, len(sequences[row].token_ids)) for row in random_rows]
+        drawn = _draw(logits[random_rows], [params[row] for row in random_rows], uniforms)
+        rows = torch.tensor(random_rows, device=logits.device)
+        chosen = chosen.index_copy(0, rows, drawn)
+    return torch.where(greedy == NOT_FINITE, greedy, chosen)
 
 
 def uniform(seed: int, position: int) -> float:

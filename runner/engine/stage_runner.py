@@ -1,67 +1,100 @@
 """One rank's stage at work: its module, its KV cache, and the transfers before and after it."""
 
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
 from parallel.context import ParallelContext
-from parallel.plan import ShardPlan
 from parallel.transfer import CarryTransfer
-from parallel.weights import stream
-from runner.models.attention import GatherAttention
+from runner.engine.batching import Padding, StepInputs
+from runner.engine.cuda_graphs import DecodeGraphs
+from runner.engine.sampler import choose_greedily
 from runner.models.batch import Batch
-from runner.models.decoder import DecoderStage
-from runner.models.spec import ModelSpec
+from runner.models.decoder import DecoderStage, Execute
 
 
 @dataclass(frozen=True)
+class StepOutput:
+    """What the last stage knows after a step.
+
+    Attributes:
+        logits: (num_samples, vocab_size), valid until the next step.
+        greedy: (num_samples,) int64; see `choose_greedily`.
+    """
+
+    logits: torch.Tensor
+    greedy: torch.Tensor
+
+
+@dataclass
 class StageRunner:
-    """Runs this rank's part of a step."""
+    """Runs this rank's part of a step.
+
+    Attributes:
+        execute: runs the stage's parts in compiled form; None: by PyTorch.
+        padding: how steps are filled up; None: not at all. Set by `allocate`.
+    """
 
     context: ParallelContext
     stage: DecoderStage
     transfer: CarryTransfer
     num_kv_heads: int
+    execute: Execute | None = None
+    buckets: tuple[int, ...] = ()
     caches: dict[int, torch.Tensor] = field(default_factory=dict)
-
-    @classmethod
-    def load(cls, spec: ModelSpec, plan: ShardPlan, context: ParallelContext) -> "StageRunner":
-        """Build the stage and read its weights; the KV cache comes later, by `allocate`.
-
-        Raises:
-            IntegrityError: a weight cannot be read.
-        """
-        rank_plan = plan.ranks[context.rank]
-        dtype = getattr(torch, plan.dtype)
-        stage = DecoderStage(
-            spec.config,
-            plan.stages[rank_plan.stage],
-            rank_plan,
-            context.tp,
-            attend=GatherAttention(rank_plan.heads, context.device),
-            max_model_len=plan.max_model_len,
-            dtype=dtype,
-        )
-        stage.load(stream(spec.checkpoint, rank_plan, dtype=dtype, device=context.device))
-        transfer = CarryTransfer(context, plan)
-        return cls(context, stage, transfer, rank_plan.heads.num_kv)
+    padding: Padding | None = None
+    _graphs: DecodeGraphs | None = None
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
-        """Reserve the KV cache of every layer of the stage."""
+        """Reserve the KV cache of every layer of the stage, and a block for padding."""
         like = next(self.stage.parameters())
-        shape = (2, num_blocks, block_size, self.num_kv_heads, self.stage.config.head_dim)
+        shape = (2, num_blocks + 1, block_size, self.num_kv_heads, self.stage.config.head_dim)
         for index in self.stage.layer_indices:
             self.caches[index] = like.new_zeros(shape)
+        if self.buckets:
+            self.padding = Padding(self.buckets, num_blocks)
 
-    def run(self, batch: Batch) -> torch.Tensor | None:
+    def capture(self, *, max_num_seqs: int, max_model_len: int) -> None:
+        """Record the decode steps of up to `max_num_seqs` sequences as CUDA graphs, the largest
+        first, so that the smaller ones fit into its memory.
+
+        All ranks must call this together, after `allocate`.
+        """
+        assert self.padding is not None, "a captured step is padded"
+        block_size = next(iter(self.caches.values())).shape[2]
+        width = -(-max_model_len // block_size)
+        graphs = DecodeGraphs(self.context.device, table_width=width)
+        slot = self.padding.scratch_block * block_size
+        largest = self.padding.bucket(min(max_num_seqs, self.buckets[-1]))
+        for num_seqs in sorted((b for b in self.buckets if b <= largest), reverse=True):
+            carry = next(iter(self.transfer.incoming(num_seqs)), None)
+            forward = partial(self._forward, carry=carry)
+            graphs.capture(num_seqs, forward, slot=slot, longest=max_model_len)
+        self.padding = Padding(self.buckets, self.padding.scratch_block, width)
+        self._graphs = graphs
+
+    def run(self, inputs: StepInputs) -> StepOutput | None:
         """Take the carry, run the stage, pass the carry on.
 
         Returns:
-            (num_samples, vocab_size) logits on the last stage; None on the others.
+            What was chosen among, on the last stage; None on the others.
         """
-        carry = None if self.context.is_first_stage else self.transfer.receive(batch.num_tokens)[0]
-        output: torch.Tensor = self.stage(batch, self.caches, carry)
+        carry = None
+        if not self.context.is_first_stage:
+            carry = self.transfer.receive(inputs.num_rows)[0]
+        if self._graphs and inputs.is_decode and inputs.num_seqs in self._graphs:
+            outputs = self._graphs.run(inputs)
+        else:
+            outputs = self._forward(inputs.to(self.context.device), carry)
         if self.context.is_last_stage:
-            return output
-        self.transfer.send([output])
+            logits, greedy = (x[: inputs.num_samples] for x in outputs)
+            return StepOutput(logits, greedy)
+        self.transfer.send(outputs)
         return None
+
+    def _forward(self, batch: Batch, carry: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        output: torch.Tensor = self.stage(batch, self.caches, carry, self.execute)
+        if self.context.is_last_stage:
+            return output, choose_greedily(output)
+        return (output,)

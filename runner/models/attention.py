@@ -2,7 +2,7 @@
 
 `GatherAttention` gathers each sequence's keys and values and runs torch's SDPA on them; it is
 exact, runs everywhere, and treats every sequence by itself, so that a result does not depend on
-the batch.
+the batch. Not here: what GPUs run, and when (`runner.models.attention_choice`).
 """
 
 from typing import Protocol
@@ -31,6 +31,9 @@ class Attention(Protocol):
     ) -> torch.Tensor:
         """Causal attention of one layer.
 
+        Rows behind the last sequence's are padding: their keys and values are written where their
+        slots say, and their output is zero. So is that of a sequence of length 0.
+
         Args:
             q: (num_tokens, num_query, head_dim).
             k, v: (num_tokens, num_kv, head_dim).
@@ -50,9 +53,7 @@ class GatherAttention:
     def __init__(self, heads: HeadShare, device: torch.device) -> None:
         self._query_to_kv = torch.tensor(heads.query_to_kv, device=device)
         self._is_grouped = heads.query_to_kv != tuple(range(heads.num_kv))
-        group = heads.num_query // heads.num_kv
-        even = tuple(head // group for head in range(heads.num_query))
-        self._groups_are_even = heads.query_to_kv == even
+        self._groups_are_even = groups_are_even(heads)
 
     def __call__(
         self,
@@ -65,17 +66,16 @@ class GatherAttention:
         scale: float,
         window: int | None,
     ) -> torch.Tensor:
-        rows = cache.flatten(1, 2)
-        rows[0].index_copy_(0, batch.slots, k)
-        rows[1].index_copy_(0, batch.slots, v)
+        write_kv(k, v, cache, batch.slots)
         block_size = cache.shape[2]
+        *sequences, padding = torch.split(q, [*batch.query_lens, len(q) - sum(batch.query_lens)])
         outputs = []
         for queries, table, kv_len in zip(
-            torch.split(q, list(batch.query_lens)), batch.block_tables, batch.kv_lens, strict=True
+            sequences, batch.block_tables, batch.kv_lens, strict=True
         ):
             blocks = cache[:, table[: -(-kv_len // block_size)]]
             outputs.append(self._sequence(queries, blocks, kv_len, scale, window))
-        return torch.cat(outputs).flatten(1)
+        return torch.cat([*outputs, torch.zeros_like(padding)]).flatten(1)
 
     def _sequence(
         self, q: torch.Tensor, blocks: torch.Tensor, kv_len: int, scale: float, window: int | None
@@ -85,6 +85,8 @@ class GatherAttention:
         Shapes: q (query_len, num_query, head_dim), blocks (2, num_blocks, block_size, num_kv,
         head_dim) -> (query_len, num_query, head_dim).
         """
+        if len(q) == 0 or kv_len == 0:
+            return torch.zeros_like(q)
         k, v = blocks.flatten(1, 2)[:, :kv_len].unbind()
         if len(q) == 1 and self._groups_are_even:
             return _decode(q, k, v, scale, window)
@@ -104,6 +106,19 @@ class GatherAttention:
             )
             outputs.append(output.squeeze(0).transpose(0, 1))
         return torch.cat(outputs)
+
+
+def groups_are_even(heads: HeadShare) -> bool:
+    """Whether all KV heads are read by equally many query heads, in order."""
+    group = heads.num_query // heads.num_kv
+    return heads.query_to_kv == tuple(head // group for head in range(heads.num_query))
+
+
+def write_kv(k: torch.Tensor, v: torch.Tensor, cache: torch.Tensor, slots: torch.Tensor) -> None:
+    """Put a step's keys and values into their slots of a layer's cache; see `Attention`."""
+    rows = cache.flatten(1, 2)
+    rows[0].index_copy_(0, slots, k)
+    rows[1].index_copy_(0, slots, v)
 
 
 def _decode(

@@ -161,6 +161,13 @@ class DecoderStage(nn.Module):
         if self.norm is not None and self.lm_head is not None:
             yield "head", part("head", Head(self.norm, self.lm_head), x, per_sample=True)
 
+    def parts_by_kind(self) -> dict[str, Part]:
+        """The first part of each kind; what another one of its kind compiles to is the same."""
+        found: dict[str, Part] = {}
+        for part in self.parts.values():
+            found.setdefault(part.kind, part)
+        return found
+
     def _layers_in_pairs(self) -> Iterator[tuple[int, DecoderLayer, DecoderLayer | None]]:
         """Each layer with the one that follows it in the stage."""
         for index in self.layer_indices:
@@ -233,7 +240,11 @@ class DecoderStage(nn.Module):
                 delta = all_reduce(delta, self._group)
                 x, *qkv_list = run(f"{name}.end", x, delta, *rotation)
             qkv = tuple(qkv_list)
-        return x if self.lm_head is None else self._logits(x[batch.logits_rows], run)
+        if self.lm_head is None:
+            return x
+        if not len(batch.logits_rows):
+            return x.new_empty(0, self.config.vocab_size)
+        return self._logits(x[batch.logits_rows], run)
 
     def run_eagerly(self, name: str, *activations: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """A part by PyTorch's own kernels."""

@@ -3,6 +3,7 @@
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from parallel.checkpoint import Checkpoint
 from parallel.errors import ConfigError, IntegrityError
@@ -11,22 +12,36 @@ from runner.models.config import DecoderConfig, HFConfig
 from runner.models.families import family_of
 from runner.models.layout import layout_of
 
+LoadFormat = Literal["auto", "dummy"]
+"""Where weights come from: the folder's safetensors files, or a random number generator."""
+
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Our name for each dtype of a safetensors header that can be loaded."""
+
+_HEADER_DTYPES = {ours: header for header, ours in _DTYPES.items()}
 
 
 @dataclass(frozen=True)
 class ModelSpec:
-    """A model that can be planned and loaded."""
+    """A model that can be planned and loaded.
+
+    Attributes:
+        checkpoint: with `load_format` "dummy" no file holds its tensors; see
+            `parallel.random_weights`.
+    """
 
     folder: Path
     config: DecoderConfig
     layout: ModelLayout
     checkpoint: Checkpoint
+    load_format: LoadFormat = "auto"
 
     @classmethod
-    def open(cls, folder: Path) -> "ModelSpec":
+    def open(cls, folder: Path, *, load_format: LoadFormat = "auto") -> "ModelSpec":
         """Read config.json and the headers of the weights.
+
+        Args:
+            load_format: with "dummy", config.json is all that is read.
 
         Raises:
             ConfigError: the architecture, or something in its config, is not supported.
@@ -35,12 +50,18 @@ class ModelSpec:
         hf_config = HFConfig.open(folder)
         family = family_of(hf_config)
         config = family.read(hf_config)
-        checkpoint = Checkpoint.open(folder).with_prefix(family.names.prefix)
-        return cls(folder, config, layout_of(config, family.names), checkpoint)
+        layout = layout_of(config, family.names)
+        if load_format == "dummy":
+            dtype = _HEADER_DTYPES[config.dtype or "bfloat16"]
+            checkpoint = Checkpoint.imagined(folder, layout.stored_shapes(), dtype)
+        else:
+            checkpoint = Checkpoint.open(folder).with_prefix(family.names.prefix)
+        return cls(folder, config, layout, checkpoint, load_format)
 
     @property
     def dtype(self) -> str:
-        """What the config says, or else the dtype that most bytes of the checkpoint have.
+        """What the config says, or else the dtype that most bytes of the checkpoint have; of random
+        weights bfloat16.
 
         Raises:
             IntegrityError: the config does not say, and no tensor can be loaded.

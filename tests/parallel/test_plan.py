@@ -1,5 +1,6 @@
 """A plan as data: what it says of bytes is true, and its digest names it."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ from typing import Any
 import pytest
 import torch
 
+from parallel.errors import IntegrityError
 from parallel.plan import Carry, ShardPlan
 from parallel.planner import Limits, make_plan
 from parallel.topology import Topology
@@ -77,6 +79,12 @@ def test_a_plan_is_json(folder: Path) -> None:
         "pieces": [{"source": "model.embed_tokens.weight", "dim": 0, "range": [66, 131]}],
         "transposed": False,
     }
+
+
+def test_a_digest_is_that_of_the_json(folder: Path) -> None:
+    plan = divide(folder, [2, 1])
+    text = json.dumps(plan.to_dict(), sort_keys=True, separators=(",", ":"))
+    assert plan.digest() == hashlib.sha256(text.encode()).hexdigest()
 
 
 def test_equal_plans_have_equal_digests_wherever_the_model_lies(
@@ -146,3 +154,35 @@ def test_a_carry_knows_its_bytes(dtype: str, num_bytes: int) -> None:
 def test_one_batch_leaves_each_stage_waiting_for_the_others(folder: Path) -> None:
     assert divide(folder, [2]).pipeline_bubble == 0
     assert divide(folder, [1, 1, 1, 1]).pipeline_bubble == 0.75
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "gemma3"])
+@pytest.mark.parametrize("tp_sizes", [[1], [2, 1]], ids=str)
+def test_a_plan_comes_back_from_json(
+    name: str, tp_sizes: list[int], checkpoint: Callable[[str], Path]
+) -> None:
+    plan = divide(checkpoint(name), tp_sizes)
+    read = ShardPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    assert read == plan
+    assert read.digest() == plan.digest()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda values: values.pop("dtype"), "plan.dtype is missing"),
+        (lambda values: values.update(dtype="int3"), "plan.dtype is 'int3'; it must be one of"),
+        (lambda values: values["tp_sizes"].append(1), "tp_sizes|devices"),
+        (lambda values: values.update(tp_sizes=[3]), "2 stages and 3 ranks; .* need 1 and 3"),
+        (lambda values: values["ranks"].reverse(), r"plan.ranks\[0\] has rank, .* must be"),
+        (lambda values: values["ranks"][1].update(tp_rank=0), r"ranks\[1\] has .* \[1, 0, 0, 1\]"),
+        (lambda values: values["ranks"][0].update(mlp=[0]), r"ranks\[0\].mlp is \[0\]"),
+    ],
+)
+def test_a_plan_that_cannot_be_right_is_refused(
+    change: Callable[[dict[str, Any]], object], message: str, folder: Path
+) -> None:
+    values = json.loads(json.dumps(divide(folder, [2, 1]).to_dict()))
+    change(values)
+    with pytest.raises(IntegrityError, match=message):
+        ShardPlan.from_dict(values)

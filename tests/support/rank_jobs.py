@@ -1,18 +1,19 @@
 """What tests run on the ranks of a `RankPool`: each function gets a context and plain arguments."""
 
+from dataclasses import replace
 from typing import Any
 
 import torch
 
 from parallel.context import ParallelContext
 from runner.config.load import load
-from runner.engine.batching import make_batch
+from runner.engine.batching import lay_out
 from runner.engine.completion import make_requests
 from runner.engine.control import Control
+from runner.engine.loading import load_stage
 from runner.engine.rank import loop, make_engine
 from runner.engine.request import Request, SamplingParams
 from runner.engine.scheduler import Output
-from runner.engine.stage_runner import StageRunner
 from runner.planning import Job
 
 
@@ -59,7 +60,18 @@ def complete(
 ) -> list[list[int]] | None:
     """Token ids that follow each prompt; known on rank 0."""
     job = prepare(model, list(context.topology.tp_sizes), settings)
-    stage_runner = StageRunner.load(job.spec, job.plan, context)
+    return complete_job(context, job, prompts, num_tokens, sampling)
+
+
+def complete_job(
+    context: ParallelContext,
+    job: Job,
+    prompts: list[list[int]],
+    num_tokens: int,
+    sampling: dict[str, Any],
+) -> list[list[int]] | None:
+    """The same for a job that there is already, such as one from a bundle."""
+    stage_runner = load_stage(job, context)
     front = None
     if context.rank == 0:
         requests = make_requests(
@@ -80,7 +92,7 @@ def logits(
 ) -> list[torch.Tensor] | None:
     """(len(prompt), vocab_size) of each prompt, all in one batch; known on the last stage."""
     job = prepare(model, list(context.topology.tp_sizes), settings)
-    stage_runner = StageRunner.load(job.spec, job.plan, context)
+    stage_runner = load_stage(job, context)
     front = ListFront(
         make_requests(
             prompts,
@@ -94,8 +106,9 @@ def logits(
     engine = make_engine(job, stage_runner, front if context.rank == 0 else None)
     engine.admit(front.next())
     scheduled = engine.scheduler.schedule()
-    batch = make_batch(scheduled, engine.block_size, context.device)
-    everywhere = torch.arange(batch.num_tokens)
-    output = stage_runner.run(type(batch)(**vars(batch) | {"logits_rows": everywhere}))
+    inputs = lay_out(scheduled, engine.block_size)
+    everywhere = torch.arange(inputs.num_rows)
+    longs = torch.cat([inputs.longs[: 4 * inputs.num_rows], everywhere])
+    output = stage_runner.run(replace(inputs, longs=longs, num_samples=inputs.num_rows))
     stage_runner.transfer.drain()
-    return None if output is None else list(output.split([len(p) for p in prompts]))
+    return None if output is None else list(output.logits.split([len(p) for p in prompts]))

@@ -71,6 +71,7 @@ def test_origins_cover_every_key_in_the_order_of_the_schema() -> None:
         "version": "plan.yaml:1:10",
         "model.path": "plan.yaml:2:15",
         "model.dtype": "default",
+        "model.load_format": "default",
         "model.max_model_len": "default",
         "parallel.tensor_parallel_size": "plan.yaml:4:25",
         "parallel.pipeline_parallel_size": "parallel.stages",

@@ -15,7 +15,7 @@ def test_defaults_are_those_that_the_documentation_promises() -> None:
     config = RunnerConfig.model_validate(MINIMAL)
     assert config.model_dump() == {
         "version": 1,
-        "model": {"path": "/m", "dtype": "auto", "max_model_len": None},
+        "model": {"path": "/m", "dtype": "auto", "load_format": "auto", "max_model_len": None},
         "parallel": {
             "tensor_parallel_size": 1,
             "pipeline_parallel_size": 1,

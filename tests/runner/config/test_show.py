@@ -26,6 +26,7 @@ def test_each_value_stands_in_one_aligned_line_with_its_origin() -> None:
         "version                                 1                  plan.yaml:1:10",
         "model.path                              m                  plan.yaml:2:15",
         "model.dtype                             auto               default",
+        "model.load_format                       auto               default",
         "model.max_model_len                     null               default",
         "parallel.tensor_parallel_size           1                  default",
         "parallel.pipeline_parallel_size         1                  parallel.stages",

@@ -14,8 +14,9 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+from runner.engine import sampler
 from runner.engine.request import Request, SamplingParams
-from runner.engine.sampler import sample, uniform
+from runner.engine.sampler import NOT_FINITE, choose_greedily, uniform
 from runner.engine.sequence import Sequence
 
 NUM_DRAWS = 4000
@@ -50,6 +51,19 @@ PARAMS: dict[str, dict[str, Any]] = {
 }
 
 WARPERS = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLogitsWarper}
+
+
+def sample(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
+    return sampler.sample(logits, choose_greedily(logits), sequences)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_are_no_numbers_are_marked(value: float) -> None:
+    logits = torch.arange(12.0).view(3, 4)
+    logits[1, 2] = value
+    assert choose_greedily(logits).tolist() == [3, NOT_FINITE, 3]
+    mixed = [sequence(temperature=0.0), sequence(temperature=1.0), sequence(temperature=0.0)]
+    assert sample(logits, mixed).tolist() == [3, NOT_FINITE, 3]
 
 
 def sequence(seed: int = 0, *, ids: tuple[int, ...] = PROMPT, **values: Any) -> Sequence:

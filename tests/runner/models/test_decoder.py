@@ -24,7 +24,7 @@ from runner.engine.batching import make_batch
 from runner.engine.request import Request
 from runner.engine.scheduler import Scheduled
 from runner.engine.sequence import Sequence
-from runner.engine.stage_runner import StageRunner
+from runner.engine.loading import load_stage
 from runner.models.batch import Batch
 from runner.models.norm import RMSNorm
 
@@ -159,7 +159,7 @@ def test_stages_in_a_row_equal_the_whole(
         x: torch.Tensor | None = None
         for rank in range(len(stages)):
             context = replace(alone, topology=Topology.of(stages), rank=rank)
-            runner = StageRunner.load(job.spec, job.plan, context)
+            runner = load_stage(job, context)
             runner.allocate(16, 4)
             assert set(runner.caches) == set(range(*job.plan.stages[rank].layers))
             x = runner.stage(batch, runner.caches, x)

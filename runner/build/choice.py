@@ -1,0 +1,106 @@
+"""Which backend runs a segment: the one that was named, or the fastest of all that pass.
+
+Candidates of `auto` are measured on the device at hand (`runner.build.measure`), segment by segment
+and bucket by bucket; every time and every reason is kept.
+"""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from parallel.errors import PreflightError, UnsupportedSegmentError
+from runner.build.built import Built
+from runner.build.measure import Samples, microseconds
+from runner.build.worklist import Work
+from runner.bundle.builder import BundleBuilder
+from runner.bundle.manifest import Candidate
+from runner.compiler.backend import Backend, artefact_key
+from runner.compiler.segment import Segment
+
+AUTO = ("tensorrt", "inductor", "eager")
+"""What `auto` tries; of two that are equally fast, the first one is taken."""
+
+
+@dataclass(frozen=True)
+class Chooser:
+    """Builds segments with one backend, or with several and picks.
+
+    Attributes:
+        backends: the candidates; one: it was named, and what it cannot do is an error.
+        max_error_ratio: of a candidate's error to that of eager, for it to pass.
+    """
+
+    backends: Sequence[Backend]
+    builder: BundleBuilder
+    device: torch.device
+    max_error_ratio: float
+
+    def build(self, work: Work) -> Built:
+        """Make the artefacts of a segment that are not there yet, and choose one.
+
+        Raises:
+            UnsupportedSegmentError: the backend that was named cannot compile it.
+            PreflightError: the backend that was named is not usable here.
+        """
+        started = time.monotonic()
+        segment = work.segment
+        program = segment.export(self.device)
+        digest = segment.digest(program)
+        candidates: list[Candidate] = []
+        made = False
+        for backend in self.backends:
+            try:
+                key = artefact_key(digest, backend)
+                if not self.builder.finished_artefact(key):
+                    made = True
+                    with self.builder.artefact(key) as folder:
+                        backend.build(segment, program, folder)
+                candidates.append(Candidate(backend.name, key, None, None, ""))
+            except (PreflightError, UnsupportedSegmentError) as error:
+                if len(self.backends) == 1:
+                    raise
+                candidates.append(Candidate(backend.name, "", None, None, str(error)))
+        seconds = time.monotonic() - started
+        reason = "named in the configuration"
+        if len(self.backends) > 1:
+            candidates = self._measured(segment, candidates)
+            reason = "fastest of those that pass"
+        chosen = min(candidates, key=lambda c: (not c.key, c.parity is False, c.microseconds or 0))
+        folder = self.builder.artefact_folder(chosen.key)
+        return Built(
+            kind=segment.kind,
+            num_rows=work.num_rows,
+            backend=chosen.backend,
+            key=chosen.key,
+            num_ops=sum(node.op == "call_function" for node in program.graph.nodes),
+            num_bytes=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
+            seconds=round(seconds, 3) if made else 0.0,
+            candidates=tuple(candidates),
+            reason=reason,
+            uses=tuple(work.uses),
+        )
+
+    def _measured(self, segment: Segment, candidates: list[Candidate]) -> list[Candidate]:
+        """The candidates with their times and whether they compute what the segment computes."""
+        samples = Samples.draw(segment, self.device)
+        by_name = {backend.name: backend for backend in self.backends}
+        found = []
+        for candidate in candidates:
+            if not candidate.key:
+                found.append(candidate)
+                continue
+            folder = self.builder.artefact_folder(candidate.key)
+            run = by_name[candidate.backend].load(folder, segment)
+            ratio = samples.error_ratio(run)
+            passes = ratio <= self.max_error_ratio
+            found.append(
+                replace(
+                    candidate,
+                    microseconds=round(microseconds(run, samples.inputs), 2) if passes else None,
+                    parity=passes,
+                    note="" if passes else f"error {ratio:.1f} times that of eager",
+                )
+            )
+        return found

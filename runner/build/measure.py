@@ -1,0 +1,132 @@
+"""How long a compiled segment takes, and how far it is off, on random numbers.
+
+Weights come from main memory, as they do in a model: as many sets of inputs are cycled through as
+do not fit into the cache.
+"""
+
+import time
+from dataclasses import dataclass
+from statistics import median
+
+import torch
+
+from runner.compiler.backend import Compiled
+from runner.compiler.segment import Segment, TensorSpec
+
+Inputs = tuple[torch.Tensor, ...]
+
+_ROUNDS = 7
+_CACHE_SHARE = 4
+"""Inputs of so many times the size of the cache are cycled through."""
+_MAX_SETS = 16
+_CPU_CACHE_BYTES = 64 * 2**20
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Inputs of a segment, and what it makes of the first of them.
+
+    Attributes:
+        inputs: several sets, each in the order of `Segment.inputs`.
+        exact: outputs in full precision for `inputs[0]`.
+        eager_error: the error of PyTorch's kernels in the segment's own dtype.
+    """
+
+    inputs: tuple[Inputs, ...]
+    exact: tuple[torch.Tensor, ...]
+    eager_error: float
+
+    @classmethod
+    @torch.inference_mode()
+    def draw(cls, segment: Segment, device: torch.device) -> "Samples":
+        """Random inputs, equal in every run."""
+        generator = torch.Generator(device).manual_seed(0)
+        num_bytes = sum(s.empty("meta").nbytes for s in segment.inputs)
+        sets = min(_MAX_SETS, 1 + _CACHE_SHARE * _cache_bytes(device) // max(1, num_bytes))
+        inputs = tuple(_draw(segment, device, generator) for _ in range(max(2, sets)))
+        wide = torch.float64 if segment.inputs[0].dtype == torch.float32 else torch.float32
+        run = segment.function()
+        exact = tuple(run(*(x.to(wide) for x in inputs[0])))
+        eager = error_of(tuple(run(*inputs[0])), exact)
+        floor = 4 * torch.finfo(segment.inputs[0].dtype).eps
+        return cls(inputs, exact, max(eager, floor))
+
+    @torch.inference_mode()
+    def error_ratio(self, run: Compiled) -> float:
+        """The error of a compiled form as a multiple of that of eager."""
+        return error_of(run(*self.inputs[0]), self.exact) / self.eager_error
+
+
+def error_of(outputs: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> float:
+    """The largest error of any output, relative to the root mean square of that output."""
+    errors = [
+        ((o.to(e.dtype) - e).abs().max() / e.pow(2).mean().sqrt().clamp_min(1e-30)).item()
+        for o, e in zip(outputs, exact, strict=True)
+    ]
+    worst = max(errors)
+    return float("inf") if worst != worst else worst
+
+
+@torch.inference_mode()
+def microseconds(run: Compiled, inputs: tuple[Inputs, ...]) -> float:
+    """The median time of a call; on a GPU inside a CUDA graph, so without the host's share."""
+    device = inputs[0][0].device
+    rounds = [_round_on_gpu, _round_on_cpu][device.type == "cpu"](run, inputs)
+    return median(rounds) / len(inputs) * 1e6
+
+
+def _round_on_gpu(run: Compiled, inputs: tuple[Inputs, ...]) -> list[float]:
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for arguments in inputs:
+            run(*arguments)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        for arguments in inputs:
+            run(*arguments)
+    seconds = []
+    for _ in range(_ROUNDS + 1):
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        graph.replay()
+        end.record()
+        end.synchronize()
+        seconds.append(start.elapsed_time(end) / 1e3)
+    return seconds[1:]
+
+
+def _round_on_cpu(run: Compiled, inputs: tuple[Inputs, ...]) -> list[float]:
+    seconds = []
+    for _ in range(_ROUNDS + 1):
+        started = time.perf_counter()
+        for arguments in inputs:
+            run(*arguments)
+        seconds.append(time.perf_counter() - started)
+    return seconds[1:]
+
+
+def _draw(segment: Segment, device: torch.device, generator: torch.Generator) -> Inputs:
+    activations = [_normal(s, device, generator, 1.0) for s in segment.activations]
+    weights = [
+        _normal(spec, device, generator, 0.02) if len(spec.shape) > 1 else _around_one(spec, device)
+        for spec in segment.weights.values()
+    ]
+    return (*activations, *weights)
+
+
+def _normal(
+    spec: TensorSpec, device: torch.device, generator: torch.Generator, std: float
+) -> torch.Tensor:
+    return spec.empty(device).normal_(0.0, std, generator=generator)
+
+
+def _around_one(spec: TensorSpec, device: torch.device) -> torch.Tensor:
+    return spec.empty(device).fill_(1.0)
+
+
+def _cache_bytes(device: torch.device) -> int:
+    if device.type == "cpu":
+        return _CPU_CACHE_BYTES
+    return int(torch.cuda.get_device_properties(device).L2_cache_size)

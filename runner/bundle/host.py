@@ -1,0 +1,149 @@
+"""`Host`: what compiled code is bound to, and whether this host is like the one it was built on.
+
+Not here: whether this host is fit to run at all; that is `runner.observe`'s doctor.
+"""
+
+import platform
+from collections.abc import Collection, Iterator
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Literal
+
+from parallel.errors import IncompatibleError, PreflightError
+from runner.bundle.layout import rebuild_command
+from runner.observe.software import find_distributions
+
+DISTRIBUTION = "shardline"
+
+
+@dataclass(frozen=True)
+class Host:
+    """A device, the processor beside it, and the versions that matter.
+
+    Attributes:
+        cpu: architecture and the vector extension that torch uses, such as "x86_64 AVX512".
+        cpu_features: the instruction sets of the processor; inductor compiles for all of them.
+        gpu: name, such as "NVIDIA H200"; None for a CPU.
+        compute_capability: such as "9.0"; None for a CPU.
+        versions: of torch, shardline and the distributions of the TensorRT family.
+    """
+
+    device: Literal["cpu", "cuda"]
+    cpu: str
+    cpu_features: tuple[str, ...]
+    gpu: str | None
+    compute_capability: str | None
+    versions: dict[str, str]
+
+    @classmethod
+    def current(cls, device: str) -> "Host":
+        """This host, with its CPU or the GPU that `device` names, such as "cuda:1".
+
+        Raises:
+            PreflightError: shardline is not installed, or there is no such GPU.
+        """
+        import torch
+
+        features = torch.cpu.get_capabilities()
+        cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        names = tuple(sorted(name for name, value in features.items() if value is True))
+        if torch.device(device).type == "cpu":
+            return cls("cpu", cpu, names, None, None, _versions(str(torch.__version__)))
+        try:
+            gpu = torch.cuda.get_device_properties(device)
+        except (RuntimeError, AssertionError) as error:
+            raise PreflightError(f"{device}: {error}; see `shardline doctor`") from None
+        capability = f"{gpu.major}.{gpu.minor}"
+        return cls("cuda", cpu, names, gpu.name, capability, _versions(str(torch.__version__)))
+
+    def describe(self) -> str:
+        """In a line."""
+        device = f"{self.gpu} (SM {self.compute_capability})" if self.gpu else f"CPU {self.cpu}"
+        versions = (f"{name} {version}" for name, version in self.versions.items())
+        return ", ".join([device, *versions])
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What a bundle is bound to and this host has not."""
+
+    what: str
+    expected: str
+    found: str
+
+    def __str__(self) -> str:
+        return f"{self.what} is {self.found}, it was built for {self.expected}"
+
+
+def differences(built: Host, here: Host, backends: Collection[str]) -> list[Difference]:
+    """What keeps artefacts of these backends from running here.
+
+    eager code runs wherever torch's and shardline's series are the same; a library of inductor
+    needs the same torch and the instruction sets, or the SM, that it was compiled for; a TensorRT
+    engine the same GPU and the same TensorRT. Of a backend that is not known, all is asked.
+    """
+    checks = [
+        Difference("device", built.device, here.device),
+        *(_version(name, built, here, exact=False) for name in ("torch", DISTRIBUTION)),
+    ]
+    for backend in sorted(set(backends) - {"eager"}):
+        checks.append(_version("torch", built, here, exact=True))
+        if built.device == "cpu":
+            checks += _processor(built, here)
+        else:
+            checks.append(_compute_capability(built, here))
+        if backend != "inductor":
+            checks += _tensorrt(built, here)
+    return [check for check in dict.fromkeys(checks) if check.expected != check.found]
+
+
+def check_host(built: Host, here: Host, backends: Collection[str], *, bundle: Path) -> None:
+    """Raises IncompatibleError: the bundle cannot run here; names all that differs."""
+    if found := differences(built, here, backends):
+        raise IncompatibleError(
+            f"{bundle} was compiled for another host: {'; '.join(map(str, found))}; compile it "
+            f"here: {rebuild_command(bundle)}"
+        )
+
+
+def _versions(torch_version: str) -> dict[str, str]:
+    try:
+        own = metadata.version(DISTRIBUTION)
+    except metadata.PackageNotFoundError:
+        raise PreflightError(
+            f"{DISTRIBUTION} is not installed, so a bundle cannot be bound to its version; "
+            f"run `pip install .` in its folder"
+        ) from None
+    family = sorted(find_distributions(metadata.distributions()).items())
+    return {"torch": torch_version, DISTRIBUTION: own, **dict(family)}
+
+
+def _version(name: str, built: Host, here: Host, *, exact: bool) -> Difference:
+    expected, found = (host.versions.get(name, "not installed") for host in (built, here))
+    if not exact and _series(expected) == _series(found):
+        return Difference(name, expected, expected)
+    return Difference(name, expected, found)
+
+
+def _series(version: str) -> str:
+    return ".".join(version.split(".")[:2])
+
+
+def _processor(built: Host, here: Host) -> Iterator[Difference]:
+    yield Difference("CPU", built.cpu, here.cpu)
+    if lacking := sorted(set(built.cpu_features) - set(here.cpu_features)):
+        names = " ".join(lacking)
+        yield Difference("CPU", f"one with {names}", f"without {names}")
+
+
+def _compute_capability(built: Host, here: Host) -> Difference:
+    sides = (f"SM {host.compute_capability}" for host in (built, here))
+    return Difference("GPU", *sides)
+
+
+def _tensorrt(built: Host, here: Host) -> Iterator[Difference]:
+    yield Difference("GPU", built.gpu or "none", here.gpu or "none")
+    for name in sorted(built.versions):
+        if name not in ("torch", DISTRIBUTION):
+            yield _version(name, built, here, exact=True)

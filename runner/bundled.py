@@ -1,0 +1,67 @@
+"""From a bundle to a job: its own configuration, what may differ at run time, and whether it may
+run at all.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Literal
+
+from parallel.errors import ConfigError, IncompatibleError, ParityError
+from runner.bundle.bundle import Bundle
+from runner.bundle.host import Host
+from runner.config.load import load
+from runner.planning import Job
+
+AT_RUN_TIME = (
+    "compile.enforce_eager",
+    "distributed.",
+    "kv_cache.gpu_memory_utilization",
+    "scheduler.max_num_seqs",
+)
+"""Keys, or the beginnings of keys, that do not change what was compiled."""
+
+
+def open_job(
+    path: Path,
+    *,
+    overrides: Sequence[str] = (),
+    accept_parity: bool = False,
+    on_mismatch: Literal["fail", "rebuild", "eager"] = "fail",
+) -> Job:
+    """Check a bundle and make a job of it.
+
+    Args:
+        overrides: the `a.b=value` strings of `--set`.
+        accept_parity: run it though it failed its parity check, or was not checked.
+        on_mismatch: what to do where it was compiled for another host.
+
+    Raises:
+        IntegrityError: a file is absent, damaged or of another rank.
+        IncompatibleError: it was compiled for another host.
+        ParityError: it did not compute what the model computes.
+        ConfigError: an override of what was compiled.
+    """
+    bundle = Bundle.open(path)
+    for override in overrides:
+        key = override.partition("=")[0].strip()
+        if not key.startswith(AT_RUN_TIME):
+            raise ConfigError(
+                f"--set {key} would change what was compiled; with --bundle, set "
+                f"{', '.join(AT_RUN_TIME)}, or compile again"
+            )
+    parity = bundle.manifest.parity
+    if parity.get("passed") is not True and not accept_parity:
+        raise ParityError(
+            f"{path}: {parity.get('reason')}; compile again, or run it with --accept-parity"
+        )
+    base = dict(bundle.manifest.config)
+    base["model"] = {**base["model"], "path": str(bundle.model_folder)}
+    job = Job.from_bundle(bundle, load(None, base=base, overrides=overrides).config)
+    try:
+        bundle.check_host(Host.current(job.config.parallel.device))
+    except IncompatibleError:
+        if on_mismatch == "fail":
+            raise
+        return replace(job, on_mismatch=on_mismatch)
+    return job

@@ -1,0 +1,107 @@
+"""A job on its ranks: processes started from here, those that torchrun started, or this one alone.
+
+What a rank does is `runner.engine.rank`; starting and watching processes is `parallel.launch`.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, TypeVar
+
+from runner.cli.table import plural
+
+if TYPE_CHECKING:
+    from parallel.launch import RankEnv
+    from parallel.topology import Topology
+    from runner.engine.rank import Front
+    from runner.planning import Job
+
+FrontT = TypeVar("FrontT", bound="Front")
+Result = TypeVar("Result")
+
+
+def on_ranks(topology: "Topology", run: Callable[["RankEnv"], Result]) -> Result | None:
+    """Run something on every rank.
+
+    Args:
+        run: called in the process of each rank.
+
+    Returns:
+        What it returned, in a process that was a rank; None in one that started ranks.
+
+    Raises:
+        ShardlineError: a rank failed.
+    """
+    from parallel.launch import RankEnv, adopt, run_ranks
+
+    env = adopt()
+    if env:
+        topology.check_world_size(env.world_size)
+    elif topology.world_size > 1:
+        run_ranks(
+            this_command(),
+            topology.world_size,
+            describe=topology.describe,
+            environment=package_environment(),
+        )
+        return None
+    return run(env or RankEnv(0, 1))
+
+
+def run_job(job: "Job", make_front: Callable[[], FrontT]) -> FrontT | None:
+    """Run a job to its end.
+
+    Args:
+        make_front: makes rank 0's source of requests. It is called on rank 0, and in the process
+            that starts the ranks: a mistake that it finds is found before there are any.
+
+    Returns:
+        rank 0's front, in the process that was rank 0; None in every other.
+
+    Raises:
+        ShardlineError: a rank failed.
+    """
+    from parallel.launch import adopt
+
+    env = adopt()
+    front = None
+    if env is None or env.rank == 0:
+        front = make_front()
+        if env is None or env.report_fd is None:
+            _say_what_runs(job)
+
+    def run(env: "RankEnv") -> FrontT | None:
+        from runner.engine.rank import run_rank
+
+        run_rank(job, env, front)
+        return front
+
+    return on_ranks(job.plan.topology, run)
+
+
+def this_command(*more: str) -> list[str]:
+    """What starts the command that runs now once more, with further arguments."""
+    # -P: a runner.py in the user's directory is not this package.
+    return [sys.executable, "-P", "-m", "runner", *sys.argv[1:], *more]
+
+
+def package_environment() -> dict[str, str]:
+    """What `this_command` needs beside the environment, to find this package from anywhere."""
+    root, inherited = str(Path(__file__).parents[2]), os.environ.get("PYTHONPATH")
+    return {"PYTHONPATH": f"{root}{os.pathsep}{inherited}" if inherited else root}
+
+
+def _say_what_runs(job: "Job") -> None:
+    plan = job.plan
+    sys.stderr.write(
+        f"shardline: {_how(job)}, {plan.dtype}, {plural(len(plan.ranks), 'rank')}, "
+        f"tensor-parallel sizes {list(plan.tp_sizes)}\n"
+    )
+
+
+def _how(job: "Job") -> str:
+    """Which kernels run."""
+    if job.bundle is None:
+        return "eager (not compiled)"
+    return f"compiled ({', '.join(sorted(job.bundle.manifest.backends))})"

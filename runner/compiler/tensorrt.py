@@ -1,0 +1,221 @@
+"""The tensorrt backend: one engine a segment, built by Torch-TensorRT.
+
+The only file that imports `torch_tensorrt`, and late: its import takes seconds and raises where
+there is no driver. Not here: running an engine (`tensorrt_runtime`), which needs TensorRT alone.
+"""
+
+import logging
+import os
+import pwd
+import subprocess
+import sys
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+from types import ModuleType
+
+import torch
+
+from parallel.errors import PreflightError, UnsupportedSegmentError
+from runner.compiler.backend import Compiled
+from runner.compiler.counter import counted
+from runner.compiler.segment import Segment
+from runner.compiler.tensorrt_complaints import explain, quiet, shorten
+from runner.compiler.tensorrt_install import Install, find_install
+from runner.compiler.tensorrt_io import ENGINE_FILE, EngineIO, specs_of
+from runner.compiler.tensorrt_runtime import EngineRuntime
+
+
+@dataclass(frozen=True)
+class BuildSettings:
+    """What TensorRT's builder is told; part of an artefact's key.
+
+    Attributes:
+        optimization_level: 0 builds fastest, 5 searches longest; None: TensorRT's own choice.
+        workspace_bytes: most scratch memory for one layer; 0: all there is.
+    """
+
+    optimization_level: int | None = None
+    workspace_bytes: int = 256 * 2**20
+
+
+class TensorRTBackend:
+    """Implements `runner.compiler.backend.Backend` on one GPU.
+
+    Attributes:
+        runtime: holds what all loaded engines of this rank share.
+    """
+
+    name = "tensorrt"
+
+    def __init__(self, device: torch.device, *, settings: BuildSettings | None = None) -> None:
+        self._device = device
+        self._settings = settings or BuildSettings()
+        self._imports = False
+        self.runtime = EngineRuntime(device)
+
+    def fingerprint(self) -> Mapping[str, str]:
+        """See `Backend`."""
+        if self._device.type != "cuda":
+            raise PreflightError(
+                f"compile.backend: tensorrt needs a GPU, and this rank runs on {self._device}; set "
+                "compile.backend to inductor or eager"
+            )
+        return make_fingerprint(
+            self._install,
+            self._settings,
+            target=target_of(self._device),
+            gpu=torch.cuda.get_device_name(self._device),
+        )
+
+    def build(self, segment: Segment, program: torch.export.ExportedProgram, folder: Path) -> None:
+        """See `Backend`."""
+        if not self._imports:
+            check_import()
+            self._imports = True
+        with torch.cuda.device(self._device):
+            engine = build_engine(program, kind=segment.kind, settings=self._settings)
+        write_artefact(
+            engine, program, folder, install=self._install, target=target_of(self._device)
+        )
+
+    def load(self, folder: Path, segment: Segment) -> Compiled:
+        """See `Backend`."""
+        return self.runtime.load(folder, segment)
+
+    @cached_property
+    def _install(self) -> Install:
+        return find_install()
+
+
+def target_of(device: torch.device) -> str:
+    """Compute capability as targets are called: "sm90"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
+def make_fingerprint(
+    install: Install, settings: BuildSettings, *, target: str, gpu: str
+) -> dict[str, str]:
+    """All that an engine depends on beside its segment."""
+    return {
+        "flavour": install.flavour,
+        "tensorrt": install.tensorrt,
+        "torch_tensorrt": install.torch_tensorrt,
+        "torch": str(torch.__version__),
+        "target": target,
+        "gpu": gpu,
+        **{name: str(value) for name, value in asdict(settings).items()},
+    }
+
+
+def write_artefact(
+    engine: bytes,
+    program: torch.export.ExportedProgram,
+    folder: Path,
+    *,
+    install: Install,
+    target: str,
+) -> None:
+    """Write the files of an artefact."""
+    inputs, outputs = specs_of(program)
+    (folder / ENGINE_FILE).write_bytes(engine)
+    EngineIO(install.flavour, install.tensorrt, target, inputs, outputs).write(folder)
+
+
+def check_import() -> None:
+    """Find out in another process whether `torch_tensorrt` imports on this host.
+
+    Raises:
+        PreflightError: it does not; says why.
+    """
+    try:
+        pwd.getpwuid(os.getuid())
+    except KeyError:
+        raise PreflightError(
+            f"user id {os.getuid()} has no line in /etc/passwd, and Torch-TensorRT does not import "
+            "without one; add the line, or run as a user that has one"
+        ) from None
+    command = [sys.executable, "-c", "import torch_tensorrt"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+        raise PreflightError(
+            f"torch_tensorrt does not import on this host ({reason}); it needs an NVIDIA driver "
+            "and the torch that it was made for: see shardline doctor, or set compile.backend to "
+            "inductor"
+        )
+
+
+def build_engine(
+    program: torch.export.ExportedProgram, *, kind: str, settings: BuildSettings
+) -> bytes:
+    """The whole program as one serialized engine for the current GPU, or an error.
+
+    The network is strongly typed: every tensor keeps the dtype that it has in the program. Inputs
+    are only described, so weights take no memory.
+
+    Args:
+        kind: the segment's, for messages.
+
+    Raises:
+        UnsupportedSegmentError: an operator has no converter, or TensorRT refuses the network.
+    """
+    fault = _fault_of_outputs(program)
+    if fault:
+        raise _unsupported(kind, fault)
+    with counted("tensorrt"), quiet() as said:
+        torch_tensorrt = import_torch_tensorrt()
+        try:
+            engine = _convert(torch_tensorrt, program, settings)
+        except Exception as error:
+            raise _unsupported(kind, explain(error, said)) from error
+    # A network that TensorRT complained of can still come out as an engine: of something else.
+    if said.errors:
+        raise _unsupported(kind, f"TensorRT refused its network ({shorten(said.errors[0])})")
+    return engine
+
+
+def _fault_of_outputs(program: torch.export.ExportedProgram) -> str | None:
+    """Torch-TensorRT would leave such an output out, without an error."""
+    outputs = program.graph_signature.user_outputs
+    if len(set(outputs)) < len(outputs):
+        return "it returns one tensor twice"
+    if set(outputs) & set(program.graph_signature.user_inputs):
+        return "it returns an input as it is"
+    return None
+
+
+def _convert(
+    torch_tensorrt: ModuleType, program: torch.export.ExportedProgram, settings: BuildSettings
+) -> bytes:
+    inputs, _ = specs_of(program)
+    engine: bytes = torch_tensorrt.dynamo.convert_exported_program_to_serialized_trt_engine(
+        program,
+        arg_inputs=[torch_tensorrt.Input(shape=s.shape, dtype=s.dtype) for s in inputs.values()],
+        disable_tf32=True,
+        optimization_level=settings.optimization_level,
+        workspace_size=settings.workspace_bytes,
+        immutable_weights=True,
+        # Its cache takes different graphs for equal; ours is the artefact's key.
+        cache_built_engines=False,
+        reuse_cached_engines=False,
+    )
+    return engine
+
+
+def import_torch_tensorrt() -> ModuleType:
+    """`torch_tensorrt`, without the hook that it puts on Python's warnings."""
+    import torch_tensorrt
+
+    logging.captureWarnings(False)
+    module: ModuleType = torch_tensorrt
+    return module
+
+
+def _unsupported(kind: str, reason: str) -> UnsupportedSegmentError:
+    return UnsupportedSegmentError(
+        f"segment {kind!r} cannot be compiled by the tensorrt backend: {reason}; set "
+        "compile.backend to inductor or auto"
+    )

@@ -1,0 +1,98 @@
+"""From a job to a rank's stage with its weights, and with its artefacts where it runs from a
+bundle.
+"""
+
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+
+import torch
+
+from parallel.collectives import Group
+from parallel.context import ParallelContext
+from parallel.transfer import CarryTransfer
+from runner.compiler.backends import Backends
+from runner.engine.compiled_stage import Artefacts, CompiledStage
+from runner.engine.stage_runner import StageRunner
+from runner.models.attention import Attention
+from runner.models.attention_choice import make_attention
+from runner.models.decoder import DecoderStage
+from runner.planning import Job
+
+Artefact = tuple[str, str]
+"""The name of a backend and the key of what it made."""
+
+
+def load_stage(job: Job, context: ParallelContext) -> StageRunner:
+    """Build the stage and read its weights; the KV cache comes later, by `allocate`.
+
+    Raises:
+        IntegrityError: a weight or an artefact is not what the manifest says, or cannot be read.
+        IncompatibleError: an artefact was made for another host.
+    """
+    dtype = getattr(torch, job.plan.dtype)
+    weights = job.weights(context.rank, dtype=dtype, device=context.device)
+    runner = make_runner(job, context, weights)
+    if job.bundle and job.on_mismatch is None:
+        manifest = job.bundle.manifest
+        uses = {
+            kind: {rows: (manifest.artefacts[key].backend, key) for rows, key in by_rows.items()}
+            for kind, by_rows in manifest.uses[context.rank].items()
+        }
+        artefacts = load_artefacts(uses, job.bundle.artefact, runner.stage, context.device)
+        runner.execute = CompiledStage(runner.stage, artefacts)
+    if job.bundle or context.device.type == "cuda":
+        runner.buckets = job.buckets
+    return runner
+
+
+def make_runner(
+    job: Job, context: ParallelContext, weights: Iterable[tuple[str, torch.Tensor]]
+) -> StageRunner:
+    """A rank's stage with its weights, not compiled."""
+    heads = job.plan.ranks[context.rank].heads
+    attend = make_attention(
+        heads,
+        context.device,
+        dtype=getattr(torch, job.plan.dtype),
+        block_size=job.config.kv_cache.block_size,
+        head_dim=job.spec.config.head_dim,
+    )
+    stage = make_stage(job, context.rank, context.tp, attend)
+    stage.load(weights)
+    return StageRunner(context, stage, CarryTransfer(context, job.plan), heads.num_kv)
+
+
+def make_stage(job: Job, rank: int, group: Group, attend: Attention) -> DecoderStage:
+    """A rank's stage on the meta device, without weights."""
+    rank_plan = job.plan.ranks[rank]
+    return DecoderStage(
+        job.spec.config,
+        job.plan.stages[rank_plan.stage],
+        rank_plan,
+        group,
+        attend=attend,
+        max_model_len=job.plan.max_model_len,
+        dtype=getattr(torch, job.plan.dtype),
+    )
+
+
+def load_artefacts(
+    uses: Mapping[str, Mapping[int, Artefact]],
+    folder_of: Callable[[str], Path],
+    stage: DecoderStage,
+    device: torch.device,
+) -> Artefacts:
+    """What runs each kind of part at each number of rows.
+
+    Args:
+        uses: kind -> number of rows -> artefact.
+        folder_of: where the artefact of a key lies.
+    """
+    backends, parts = Backends(device), stage.parts_by_kind()
+    return {
+        kind: {
+            num_rows: backends[backend].load(folder_of(key), parts[kind].segment(num_rows))
+            for num_rows, (backend, key) in by_rows.items()
+        }
+        for kind, by_rows in uses.items()
+    }

@@ -1,0 +1,63 @@
+"""The whole way on one GPU: eager and compiled, captured and call by call, the same tokens."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import rank_jobs
+import torch
+
+from parallel.context import ParallelContext
+from parallel.launch import RankEnv
+from parallel.topology import Topology
+from runner.build.compile import Target, compile_on_rank
+from runner.bundled import open_job
+from runner.compiler.counter import count_compilations
+
+pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
+
+PROMPTS = [[3 + (7 * i + n) % 120 for i in range(n)] for n in (5, 19, 2)]
+GREEDY = {"temperature": 0.0}
+SIZES = {"scheduler.max_num_batched_tokens": 32, "scheduler.max_num_seqs": 4}
+
+
+def open_context(device_type: str) -> ParallelContext:
+    return ParallelContext.open(Topology.of([1]), RankEnv(0, 1), device_type=device_type)
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3", "gpt2"])
+def test_captured_steps_give_the_tokens_of_the_cpu(
+    name: str, checkpoint: Callable[[str], Path]
+) -> None:
+    model, cuda = str(checkpoint(name)), open_context("cuda")
+    expected = rank_jobs.complete(open_context("cpu"), model, PROMPTS, 12, GREEDY, SIZES)
+    for eager in (False, True):
+        settings = SIZES | {"parallel.device": "cuda", "compile.enforce_eager": eager}
+        assert rank_jobs.complete(cuda, model, PROMPTS, 12, GREEDY, settings) == expected
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("backend", ["eager", "inductor", "tensorrt", "auto"])
+@pytest.mark.parametrize("name", ["llama", "gemma3"])
+def test_a_bundle_gives_the_tokens_of_the_uncompiled_model(
+    name: str, backend: str, dtype: str, checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    settings = SIZES | {
+        "parallel.device": "cuda",
+        "model.dtype": dtype,
+        "compile.backend": backend,
+        "compile.buckets": [1, 4, 32],
+    }
+    job = rank_jobs.prepare(str(checkpoint(name)), [1], settings)
+    outcome = compile_on_rank(job, RankEnv(0, 1), Target(tmp_path / "bundle"))
+    assert outcome.parity.passed, outcome.parity
+    bundled = open_job(tmp_path / "bundle")
+    cuda = open_context("cuda")
+    before = count_compilations()
+    got = rank_jobs.complete_job(cuda, bundled, PROMPTS, 12, GREEDY)
+    again = rank_jobs.complete_job(cuda, bundled, PROMPTS, 12, GREEDY)
+    assert got == again
+    assert count_compilations() == before
+    if dtype == "float32":
+        assert got == rank_jobs.complete_job(cuda, job, PROMPTS, 12, GREEDY)
+    torch.cuda.synchronize()
