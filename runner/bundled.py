@@ -57,11 +57,20 @@ def open_job(
         )
     base = dict(bundle.manifest.config)
     base["model"] = {**base["model"], "path": str(bundle.model_folder)}
-    job = Job.from_bundle(bundle, load(None, base=base, overrides=overrides).config)
+    here = _host(base["parallel"]["device"])
     try:
-        bundle.check_host(Host.current(job.config.parallel.device))
+        bundle.check_host(here)
     except IncompatibleError:
         if on_mismatch == "fail":
             raise
+        base["parallel"] = {**base["parallel"], "device": here.device}
+        job = Job.from_bundle(bundle, load(None, base=base, overrides=overrides).config)
         return replace(job, on_mismatch=on_mismatch)
-    return job
+    return Job.from_bundle(bundle, load(None, base=base, overrides=overrides).config)
+
+
+def _host(device: str) -> Host:
+    """This host; with its CPU, where the bundle is for a GPU and there is none."""
+    import torch
+
+    return Host.current(device if torch.cuda.is_available() else "cpu")

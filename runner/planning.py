@@ -67,6 +67,16 @@ class Job:
         limit = self.config.scheduler.max_num_batched_tokens
         return buckets_of(self.config.compile.buckets, limit)
 
+    @property
+    def device_type(self) -> Literal["cpu", "cuda"]:
+        """Where the ranks run; auto is cuda where a GPU is usable."""
+        wanted = self.config.parallel.device
+        if wanted != "auto":
+            return wanted
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+
     def weights(
         self, rank: int, *, dtype: "torch.dtype", device: "torch.device"
     ) -> Iterator[tuple[str, "torch.Tensor"]]:

@@ -18,8 +18,7 @@ _MIN_LOOKS = 3
 
 def device_of(job: Job) -> torch.device:
     """The device of rank 0, in its process or another."""
-    wanted = job.config.parallel.device
-    if wanted == "cpu" or (wanted == "auto" and not torch.cuda.is_available()):
+    if job.device_type == "cpu":
         return torch.device("cpu")
     return torch.device("cuda", job.plan.devices[0])
 

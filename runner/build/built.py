@@ -1,8 +1,11 @@
 """`Built`: what became of one segment; travels between the ranks of a compile as JSON."""
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from runner.build.worklist import Use
+import torch
+
+from runner.build.worklist import Use, Work
 from runner.bundle.manifest import Artefact, Candidate, Choice
 
 
@@ -27,6 +30,32 @@ class Built:
     candidates: tuple[Candidate, ...]
     reason: str
     uses: tuple[Use, ...]
+
+    @classmethod
+    def of(
+        cls,
+        work: Work,
+        program: torch.export.ExportedProgram,
+        folder: Path,
+        *,
+        candidates: tuple[Candidate, ...],
+        chosen: Candidate,
+        seconds: float,
+        reason: str,
+    ) -> "Built":
+        """What lies in `folder`, the artefact of the chosen candidate."""
+        return cls(
+            kind=work.segment.kind,
+            num_rows=work.num_rows,
+            backend=chosen.backend,
+            key=chosen.key,
+            num_ops=sum(node.op == "call_function" for node in program.graph.nodes),
+            num_bytes=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
+            seconds=round(seconds, 3),
+            candidates=candidates,
+            reason=reason,
+            uses=tuple(work.uses),
+        )
 
     @property
     def artefact(self) -> Artefact:

@@ -22,6 +22,9 @@ from runner.compiler.segment import Segment
 AUTO = ("tensorrt", "inductor", "eager")
 """What `auto` tries; of two that are equally fast, the first one is taken."""
 
+NAMED = "named in the configuration"
+"""Why the one backend that was tried was chosen."""
+
 
 @dataclass(frozen=True)
 class Chooser:
@@ -63,23 +66,19 @@ class Chooser:
                     raise
                 candidates.append(Candidate(backend.name, "", None, None, str(error)))
         seconds = time.monotonic() - started
-        reason = "named in the configuration"
+        reason = NAMED
         if len(self.backends) > 1:
             candidates = self._measured(segment, candidates)
             reason = "fastest of those that pass"
         chosen = min(candidates, key=lambda c: (not c.key, c.parity is False, c.microseconds or 0))
-        folder = self.builder.artefact_folder(chosen.key)
-        return Built(
-            kind=segment.kind,
-            num_rows=work.num_rows,
-            backend=chosen.backend,
-            key=chosen.key,
-            num_ops=sum(node.op == "call_function" for node in program.graph.nodes),
-            num_bytes=sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()),
-            seconds=round(seconds, 3) if made else 0.0,
+        return Built.of(
+            work,
+            program,
+            self.builder.artefact_folder(chosen.key),
             candidates=tuple(candidates),
+            chosen=chosen,
+            seconds=seconds if made else 0.0,
             reason=reason,
-            uses=tuple(work.uses),
         )
 
     def _measured(self, segment: Segment, candidates: list[Candidate]) -> list[Candidate]:

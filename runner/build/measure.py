@@ -88,7 +88,7 @@ def _round_on_gpu(run: Compiled, inputs: tuple[Inputs, ...]) -> list[float]:
             run(*arguments)
     seconds = []
     for _ in range(_ROUNDS + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
         start.record()
         graph.replay()
         end.record()

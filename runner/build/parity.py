@@ -1,24 +1,45 @@
 """The gate that a bundle passes, or fails with exit code 7.
 
-Each layer: what the compiled ranks of a stage made of recorded hidden states, against the whole
-layer in full precision, read anew from the checkpoint and divided by nobody. So a wrong slice, a
-lost all-reduce or a bad engine shows alike. The whole: logits of the compiled model against those
-of the same weights uncompiled.
+Each unit: what the compiled ranks of a stage made of recorded hidden states, against the whole
+layer in a wider dtype, read anew from the checkpoint and divided by nobody. So a wrong slice, a
+lost all-reduce and a bad engine all show. The whole: logits of the compiled model against those of
+the same weights uncompiled (`runner.build.whole_parity`).
 """
 
+import math
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import torch
+
+from runner.build.reference import EMBEDDING, HEAD, Reference, Unit
+from runner.build.sharing import gather
+from runner.build.whole_parity import WholeParity, compare_whole
+from runner.config.schema import ParityConfig
+from runner.engine.batching import StepInputs, lay_out
+from runner.engine.request import Request
+from runner.engine.scheduler import Scheduled
+from runner.engine.sequence import Sequence as TokenSequence
+from runner.engine.stage_runner import StageRunner
+from runner.models.decoder import Execute
+from runner.planning import Job
+
+_WIDE = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+_FLOOR = 16
+"""Errors of so many roundings are never too large."""
+
 
 @dataclass(frozen=True)
-class LayerParity:
-    """One layer at one bucket, or the embedding, or the head.
+class UnitParity:
+    """A layer, the embedding or the head in one step.
 
     Attributes:
+        name: such as "layers.3".
         cosine: between its contribution and that of the reference.
         error: largest, relative to the root mean square of the reference.
         eager_error: the same of PyTorch's kernels in the model's dtype, undivided.
-        passed: within the bounds of the configuration.
     """
 
     name: str
@@ -36,19 +57,171 @@ class ParityReport:
     Attributes:
         passed: false where nothing was compared, too.
         reason: what failed first, or why nothing was compared; empty if all is well.
-        top1: share of positions with the same likeliest token as the uncompiled model.
-        kl: mean divergence from the uncompiled model's distribution, in nats.
     """
 
     passed: bool
     reason: str
-    layers: tuple[LayerParity, ...] = ()
-    top1: float | None = None
-    kl: float | None = None
+    units: tuple[UnitParity, ...] = ()
+    whole: WholeParity | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def compare(job, context, builder, built):  # type: ignore
-    return ParityReport(True, "")
+@dataclass(frozen=True)
+class Step:
+    """One recorded step.
+
+    Attributes:
+        states: hidden states before the first layer and after each, (num_tokens, hidden), on the
+            CPU.
+        logits: (num_samples, vocab_size) on the last stage.
+    """
+
+    inputs: StepInputs
+    states: tuple[torch.Tensor, ...]
+    logits: torch.Tensor | None
+
+
+class Recorder:
+    """Executes a stage's parts and keeps the hidden states between its layers."""
+
+    def __init__(self, execute: Execute) -> None:
+        self._execute = execute
+        self.states: list[torch.Tensor] = []
+
+    def __call__(self, name: str, *activations: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = self._execute(name, *activations)
+        if name.endswith(".qkv"):
+            self._keep(activations[0])
+        elif name.endswith((".block", ".end")):
+            self._keep(outputs[0])
+        return outputs
+
+    def _keep(self, state: torch.Tensor) -> None:
+        # A copy: a carry comes in the same memory in every step.
+        self.states.append(state.to("cpu", copy=True))
+
+
+def compare(job: Job, runner: StageRunner) -> ParityReport:
+    """Run the compiled stages together and judge them; every rank gets the whole report.
+
+    Args:
+        runner: compiled, with the bundle's weights, without a KV cache yet.
+    """
+    context, bounds = runner.context, job.config.compile.parity
+    block_size = job.config.kv_cache.block_size
+    sequences = [_sequences(job, n) for n in runner.buckets]
+    most = max(sum(-(-len(s) // block_size) for s in step) for step in sequences)
+    runner.allocate(max(most, -(-bounds.num_tokens // block_size)), block_size)
+    units: list[UnitParity] = []
+    if job.config.model.load_format != "dummy" or context.tp.size == 1:
+        steps = [_record(runner, step, block_size) for step in sequences]
+        units = list(_units(job, runner, steps, bounds))
+    units = gather(UnitParity, units, context.setup)
+    whole = compare_whole(job, runner, bounds)
+    failed = next((unit for unit in units if not unit.passed), None)
+    reason = _complaint(failed) if failed else "" if whole.passed else whole.complaint()
+    return ParityReport(not reason, reason, tuple(units), whole)
+
+
+def _sequences(job: Job, num_tokens: int) -> list[list[int]]:
+    """So many tokens as prompts that each fit into the model."""
+    longest = job.plan.max_model_len
+    generator = torch.Generator().manual_seed(num_tokens)
+    ids = torch.randint(job.spec.config.vocab_size, (num_tokens,), generator=generator).tolist()
+    return [ids[start : start + longest] for start in range(0, num_tokens, longest)]
+
+
+def _record(runner: StageRunner, prompts: Sequence[Sequence[int]], block_size: int) -> Step:
+    """Run one step of all prompts on all stages."""
+    scheduled, first = [], 0
+    for index, prompt in enumerate(prompts):
+        sequence = TokenSequence.of(Request(index, tuple(prompt), 1))
+        count = -(-len(prompt) // block_size)
+        sequence.blocks = list(range(first, first + count))
+        first += count
+        scheduled.append(Scheduled(sequence, len(prompt)))
+    inputs = lay_out(scheduled, block_size, runner.padding)
+    assert runner.execute is not None
+    compiled, recorder = runner.execute, Recorder(runner.execute)
+    runner.execute = recorder
+    output = runner.run(inputs)
+    runner.execute = compiled
+    logits = None if output is None else output.logits.to("cpu", copy=True)
+    return Step(inputs, tuple(recorder.states), logits)
+
+
+def _units(
+    job: Job, runner: StageRunner, steps: Sequence[Step], bounds: ParityConfig
+) -> Iterator[UnitParity]:
+    """This rank's share of its stage's units."""
+    context = runner.context
+    reference = Reference.of(job, context.device)
+    stage, narrow = runner.stage, runner.stage.dtype
+    names = [f"layers.{index}" for index in stage.layer_indices]
+    names = [EMBEDDING] * (stage.embed_tokens is not None) + names
+    names += [HEAD] * (stage.lm_head is not None)
+    for name in names[context.tp.rank :: context.tp.size]:
+        weights = reference.weights(name)
+        exact = reference.unit(name, weights, _WIDE[narrow])
+        eager = reference.unit(name, weights, narrow)
+        for step in steps:
+            yield _judge(name, runner, step, exact, eager, bounds)
+
+
+def _judge(
+    name: str, runner: StageRunner, step: Step, exact: Unit, eager: Unit, bounds: ParityConfig
+) -> UnitParity:
+    device, wide = runner.context.device, exact.stage.dtype
+    x, got = _ends(name, runner, step)
+    batch = step.inputs.to(device)
+    size = {"num_blocks": runner.num_blocks + 1, "block_size": runner.block_size}
+    before = None if x is None else x.to(device)
+    wanted = exact.run(batch, before, **size)
+    plain = eager.run(batch, before, **size).to(wide)
+    found = got.to(device, wide)
+    rows = step.inputs.num_samples if name == HEAD else len(found)
+    if before is not None and name != HEAD:
+        # What a layer adds; the residual stream would hide it.
+        wanted, plain, found = (y - before.to(wide) for y in (wanted, plain, found))
+    wanted, plain, found = (y[:rows] for y in (wanted, plain, found))
+    cosine = torch.cosine_similarity(found.flatten(), wanted.flatten(), dim=0).item()
+    scale = wanted.pow(2).mean().sqrt().clamp_min(torch.finfo(wide).tiny)
+    error, eager_error = (((y - wanted).abs().max() / scale).item() for y in (found, plain))
+    floor = _FLOOR * torch.finfo(runner.stage.dtype).eps
+    # Written so that a number that is none fails.
+    passed = cosine >= bounds.min_cosine
+    passed = passed and error <= max(bounds.max_error_ratio * eager_error, floor)
+    return UnitParity(
+        name,
+        step.inputs.num_rows,
+        cosine=_known(cosine),
+        error=_known(error),
+        eager_error=_known(eager_error),
+        passed=passed,
+    )
+
+
+def _known(number: float) -> float:
+    """JSON has no word for what is not a number."""
+    return number if math.isfinite(number) else -1.0
+
+
+def _ends(name: str, runner: StageRunner, step: Step) -> tuple[torch.Tensor | None, torch.Tensor]:
+    """What went into a unit of this stage, and what came out."""
+    if name == EMBEDDING:
+        return None, step.states[0]
+    if name == HEAD:
+        assert step.logits is not None
+        return step.states[-1], step.logits
+    place = int(name.partition(".")[2]) - runner.stage.layer_indices.start
+    return step.states[place], step.states[place + 1]
+
+
+def _complaint(unit: UnitParity) -> str:
+    return (
+        f"{unit.name} at {unit.num_tokens} tokens does not compute what the model computes: cosine "
+        f"{unit.cosine:.6f}, error {unit.error:.3g} where the uncompiled layer has "
+        f"{unit.eager_error:.3g}"
+    )

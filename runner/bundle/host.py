@@ -24,7 +24,7 @@ class Host:
     Attributes:
         cpu: architecture and the vector extension that torch uses, such as "x86_64 AVX512".
         cpu_features: the instruction sets of the processor; inductor compiles for all of them.
-        gpu: name, such as "NVIDIA H200"; None for a CPU.
+        gpu: name, such as "NVIDIA H200"; None for a CPU, and for any GPU of a compute capability.
         compute_capability: such as "9.0"; None for a CPU.
         versions: of torch, shardline and the distributions of the TensorRT family.
     """
@@ -45,21 +45,45 @@ class Host:
         """
         import torch
 
-        features = torch.cpu.get_capabilities()
-        cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-        names = tuple(sorted(name for name, value in features.items() if value is True))
         if torch.device(device).type == "cpu":
-            return cls("cpu", cpu, names, None, None, _versions(str(torch.__version__)))
+            return cls._with_gpu("cpu", None, None)
         try:
             gpu = torch.cuda.get_device_properties(device)
         except (RuntimeError, AssertionError) as error:
             raise PreflightError(f"{device}: {error}; see `shardline doctor`") from None
-        capability = f"{gpu.major}.{gpu.minor}"
-        return cls("cuda", cpu, names, gpu.name, capability, _versions(str(torch.__version__)))
+        return cls._with_gpu("cuda", gpu.name, f"{gpu.major}.{gpu.minor}")
+
+    @classmethod
+    def of_target(cls, target: str) -> "Host":
+        """Any GPU of a compute capability, such as "sm89", with the versions that are here.
+
+        Raises:
+            PreflightError: shardline is not installed.
+        """
+        number = target.removeprefix("sm")
+        return cls._with_gpu("cuda", None, f"{number[:-1]}.{number[-1]}")
+
+    @classmethod
+    def _with_gpu(
+        cls, device: Literal["cpu", "cuda"], gpu: str | None, compute_capability: str | None
+    ) -> "Host":
+        import torch
+
+        features = torch.cpu.get_capabilities()
+        cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+        names = tuple(sorted(name for name, value in features.items() if value is True))
+        versions = _versions(str(torch.__version__))
+        return cls(device, cpu, names, gpu, compute_capability, versions)
+
+    @property
+    def is_target(self) -> bool:
+        """Whether it stands for every GPU of a compute capability."""
+        return self.device == "cuda" and self.gpu is None
 
     def describe(self) -> str:
         """In a line."""
-        device = f"{self.gpu} (SM {self.compute_capability})" if self.gpu else f"CPU {self.cpu}"
+        gpu = f"{self.gpu or 'any GPU'} (SM {self.compute_capability})"
+        device = f"CPU {self.cpu}" if self.device == "cpu" else gpu
         versions = (f"{name} {version}" for name, version in self.versions.items())
         return ", ".join([device, *versions])
 
@@ -81,14 +105,16 @@ def differences(built: Host, here: Host, backends: Collection[str]) -> list[Diff
 
     eager code runs wherever torch's and shardline's series are the same; a library of inductor
     needs the same torch and the instruction sets, or the SM, that it was compiled for; a TensorRT
-    engine the same GPU and the same TensorRT. Of a backend that is not known, all is asked.
+    engine the same GPU and the same TensorRT. Of a backend that is not known, all is asked. What
+    was built without a device runs on every GPU of its compute capability, and torch may be another
+    build of the same series: that of the host without a device was one without CUDA.
     """
     checks = [
         Difference("device", built.device, here.device),
         *(_version(name, built, here, exact=False) for name in ("torch", DISTRIBUTION)),
     ]
     for backend in sorted(set(backends) - {"eager"}):
-        checks.append(_version("torch", built, here, exact=True))
+        checks.append(_version("torch", built, here, exact=not built.is_target))
         if built.device == "cpu":
             checks += _processor(built, here)
         else:
@@ -143,7 +169,8 @@ def _compute_capability(built: Host, here: Host) -> Difference:
 
 
 def _tensorrt(built: Host, here: Host) -> Iterator[Difference]:
-    yield Difference("GPU", built.gpu or "none", here.gpu or "none")
+    if not built.is_target:
+        yield Difference("GPU", built.gpu or "none", here.gpu or "none")
     for name in sorted(built.versions):
         if name not in ("torch", DISTRIBUTION):
             yield _version(name, built, here, exact=True)

@@ -104,4 +104,9 @@ def _how(job: "Job") -> str:
     """Which kernels run."""
     if job.bundle is None:
         return "eager (not compiled)"
-    return f"compiled ({', '.join(sorted(job.bundle.manifest.backends))})"
+    if job.on_mismatch == "eager":
+        return "eager (the bundle was compiled for another host)"
+    backends = ", ".join(sorted(job.bundle.manifest.backends))
+    if job.on_mismatch == "rebuild":
+        return f"compiling anew, the bundle is for another host ({backends})"
+    return f"compiled ({backends})"

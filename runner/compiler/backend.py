@@ -8,7 +8,7 @@ import hashlib
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import torch
 
@@ -50,6 +50,22 @@ class Backend(Protocol):
         Raises:
             IncompatibleError: the file is whole, but not for this host.
         """
+        ...
+
+
+@runtime_checkable
+class Caching(Protocol):
+    """A backend that completes its artefacts when they are loaded, and can keep what it made."""
+
+    def read_caches(self, folder: Path) -> None:
+        """Take over what `write_caches` wrote, before the first `load`.
+
+        What does not fit to this host changes nothing but the time that loading takes.
+        """
+        ...
+
+    def write_caches(self, folder: Path) -> None:
+        """Keep what loading has made so far, in a file of the backend's own name, if anything."""
         ...
 
 

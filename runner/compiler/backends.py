@@ -2,10 +2,12 @@
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 
 import torch
 
-from runner.compiler.backend import Backend
+from parallel.errors import PreflightError
+from runner.compiler.backend import Backend, Caching
 
 
 class Backends:
@@ -22,8 +24,44 @@ class Backends:
             "tensorrt": partial(TensorRTBackend, device),
         }
         self._made: dict[str, Backend] = {}
+        self._caches: Path | None = None
 
     def __getitem__(self, name: str) -> Backend:
         if name not in self._made:
-            self._made[name] = self._make[name]()
+            made = self._make[name]()
+            if self._caches and isinstance(made, Caching):
+                made.read_caches(self._caches)
+            self._made[name] = made
         return self._made[name]
+
+    def read_caches(self, folder: Path) -> None:
+        """Let loading begin with what `write_caches` wrote; call it before any backend is used."""
+        self._caches = folder
+
+    def write_caches(self, folder: Path) -> None:
+        """Keep what the backends made when they loaded their artefacts; some make nothing."""
+        for backend in self._made.values():
+            if isinstance(backend, Caching):
+                backend.write_caches(folder)
+
+
+def check_backend(name: str, device_type: str) -> None:
+    """Find out at once, and without a GPU, whether a backend can build on this host at all.
+
+    Raises:
+        PreflightError: names what is missing, and what to do.
+    """
+    if name == "inductor":
+        from runner.compiler.inductor import check_compiler
+
+        check_compiler()
+    if name == "tensorrt":
+        from runner.compiler.tensorrt_install import find_install
+
+        if device_type == "cpu":
+            raise PreflightError(
+                "backend tensorrt needs an NVIDIA GPU, and this job is for the CPU; use "
+                "--set compile.backend=inductor or eager, or build for a named GPU with "
+                "--target sm89 --no-run"
+            )
+        find_install()

@@ -35,7 +35,7 @@ class InductorBackend:
         self._device = device
 
     def fingerprint(self) -> Mapping[str, str]:
-        _check_compiler()
+        check_compiler()
         hardware = gpu_name(self._device) if self._device.type == "cuda" else cpu_isa()
         return {"torch": torch.__version__, "hardware": hardware}
 
@@ -82,7 +82,8 @@ class InductorBackend:
         return options
 
 
-def _check_compiler() -> None:
+def check_compiler() -> None:
+    """Raises PreflightError: there is no C++ compiler."""
     compiler = os.environ.get("CXX", "g++")
     if shutil.which(compiler) is None:
         raise PreflightError(

@@ -5,6 +5,8 @@ finished engine back, which needs the device. TensorRT-RTX itself does without. 
 answers in the device's place; nothing else may, hence it cannot be imported.
 
     python -m runner.compiler.target_builder FOLDER    (with order.json and the saved programs)
+
+It prints a line for every job when it is done: null, or why it cannot be built, as JSON.
 """
 
 import gc
@@ -13,7 +15,7 @@ import os
 import sys
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TextIO
 
 if __name__ != "__main__":
     raise ImportError("runner.compiler.target_builder is a program; see tensorrt_target")
@@ -28,7 +30,7 @@ from runner.compiler.tensorrt import (
     write_artefact,
 )
 from runner.compiler.tensorrt_install import find_install, import_tensorrt
-from runner.compiler.tensorrt_target import ERRORS_FILE, ORDER_FILE
+from runner.compiler.tensorrt_target import ORDER_FILE
 
 _INTERPRETER = "torch_tensorrt.dynamo.conversion._TRTInterpreter"
 
@@ -83,8 +85,16 @@ def build_for(target: str) -> None:
     interpreter.trt = SimpleNamespace(**{**names, "Runtime": lambda _log: runtime})
 
 
+def take_stdout() -> TextIO:
+    """What was standard output; whatever else is printed goes to standard error instead."""
+    answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
+    os.dup2(2, 1)
+    return answers
+
+
 def main(desk: Path) -> None:
-    """Build what `desk` orders, and leave an error or null for every job."""
+    """Build what `desk` orders."""
+    answers = take_stdout()
     order = json.loads((desk / ORDER_FILE).read_text(encoding="utf-8"))
     target, settings = order["target"], BuildSettings(**order["settings"])
     answer_for_device(target)
@@ -93,16 +103,15 @@ def main(desk: Path) -> None:
     # Torch-TensorRT collects garbage after each build; let it not look at its own modules.
     gc.freeze()
     install = find_install()
-    errors: list[str | None] = []
     for i, job in enumerate(order["jobs"]):
         program = torch.export.load(desk / f"{i}.pt2")
+        answer = None
         try:
             engine = build_engine(program, kind=job["kind"], settings=settings)
             write_artefact(engine, program, Path(job["folder"]), install=install, target=target)
-            errors.append(None)
         except UnsupportedSegmentError as error:
-            errors.append(str(error))
-    (desk / ERRORS_FILE).write_text(json.dumps(errors), encoding="utf-8")
+            answer = str(error)
+        print(json.dumps(answer), file=answers, flush=True)
 
 
 main(Path(sys.argv[1]))

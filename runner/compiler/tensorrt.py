@@ -26,6 +26,9 @@ from runner.compiler.tensorrt_install import Install, find_install
 from runner.compiler.tensorrt_io import ENGINE_FILE, EngineIO, specs_of
 from runner.compiler.tensorrt_runtime import EngineRuntime
 
+KERNELS_FILE = "tensorrt.kernels"
+"""Among a rank's caches: the kernels that RTX compiled for its engines."""
+
 
 @dataclass(frozen=True)
 class BuildSettings:
@@ -83,6 +86,16 @@ class TensorRTBackend:
     def load(self, folder: Path, segment: Segment) -> Compiled:
         """See `Backend`."""
         return self.runtime.load(folder, segment)
+
+    def read_caches(self, folder: Path) -> None:
+        """See `Caching`."""
+        file = folder / KERNELS_FILE
+        if file.exists():
+            self.runtime.read_kernels(file)
+
+    def write_caches(self, folder: Path) -> None:
+        """See `Caching`."""
+        self.runtime.write_kernels(folder / KERNELS_FILE)
 
     @cached_property
     def _install(self) -> Install:

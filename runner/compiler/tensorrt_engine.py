@@ -29,7 +29,7 @@ class LoadedEngine:
         self._kind = kind
         self._scratch = scratch
         self._log = log
-        self._has_scratch = False
+        self._memory: torch.Tensor | None = None
         self._input_names = tuple(io.inputs)
         self._addresses = [0] * len(io.inputs)
         self._outputs = [(name, spec.shape, spec.dtype) for name, spec in io.outputs.items()]
@@ -39,8 +39,9 @@ class LoadedEngine:
     def __call__(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
         """Inputs have the shapes and dtypes of the segment and are contiguous; none is checked."""
         context = self._context
-        if not self._has_scratch:
-            self._bind_scratch()
+        if self._memory is None:
+            self._memory = self._scratch.memory()
+            context.set_device_memory(self._memory.data_ptr(), self._memory.numel())
         # A view may begin anywhere; TensorRT reads whole aligned blocks.
         inputs = tuple(x if x.data_ptr() % _ALIGNMENT == 0 else x.clone() for x in inputs)
         addresses = [x.data_ptr() for x in inputs]
@@ -58,12 +59,6 @@ class LoadedEngine:
         if not context.execute_async_v3(stream):
             raise InternalError(f"TensorRT failed in segment {self._kind!r}: {self._log.last}")
         return tuple(outputs)
-
-    def _bind_scratch(self) -> None:
-        memory = self._scratch.memory()
-        self._context.set_device_memory(memory.data_ptr(), memory.numel())
-        self._has_scratch = True
-        self._held = memory
 
 
 class Scratch:

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from parallel.errors import IncompatibleError, IntegrityError, InternalError
+from parallel.errors import IncompatibleError, IntegrityError
 from runner.compiler.segment import Segment, TensorSpec
 from runner.compiler.tensorrt_engine import LoadedEngine, Scratch
 from runner.compiler.tensorrt_install import Flavour, import_tensorrt
@@ -56,11 +56,19 @@ class EngineRuntime:
         io = EngineIO.read(folder)
         _check_segment(io, segment, folder)
         self._start(io)
-        engine = self._deserialize(folder, io)
+        file = folder / ENGINE_FILE
+        try:
+            plan = file.read_bytes()
+        except OSError as error:
+            raise IntegrityError(f"cannot read {file}: {error.strerror}") from error
+        self._log.errors.clear()
+        with torch.cuda.device(self._device):
+            engine = self._runtime.deserialize_cuda_engine(plan)
+            context = None if engine is None else self._make_context(engine)
+        if context is None:
+            raise IncompatibleError(self._why_not(io, plan, file))
         _check_engine(engine, io, folder)
-        return LoadedEngine(
-            engine, self._make_context(engine), io, segment.kind, self._scratch, self._log
-        )
+        return LoadedEngine(engine, context, io, segment.kind, self._scratch, self._log)
 
     def read_kernels(self, file: Path) -> None:
         """Take over what `write_kernels` wrote, before the first `load`.
@@ -74,7 +82,7 @@ class EngineRuntime:
         """Keep the kernels that RTX compiled so far; False where there are none to keep."""
         if self._cache is None:
             return False
-        file.write_bytes(bytes(self._cache.serialize()))
+        file.write_bytes(bytes(memoryview(self._cache.serialize())))
         return True
 
     def _start(self, io: EngineIO) -> None:
@@ -89,19 +97,6 @@ class EngineRuntime:
                 "a process can hold one; run shardline compile again"
             )
 
-    def _deserialize(self, folder: Path, io: EngineIO) -> Any:
-        file = folder / ENGINE_FILE
-        try:
-            plan = file.read_bytes()
-        except OSError as error:
-            raise IntegrityError(f"cannot read {file}: {error.strerror}") from error
-        self._log.errors.clear()
-        with torch.cuda.device(self._device):
-            engine = self._runtime.deserialize_cuda_engine(plan)
-        if engine is None:
-            raise IncompatibleError(self._why_not(io, plan, file))
-        return engine
-
     def _why_not(self, io: EngineIO, plan: bytes, file: Path) -> str:
         major, minor = torch.cuda.get_device_capability(self._device)
         found = f"{io.target} with TensorRT {io.tensorrt} ({io.flavour})"
@@ -114,18 +109,13 @@ class EngineRuntime:
 
     def _make_context(self, engine: Any) -> Any:
         strategy = self._trt.ExecutionContextAllocationStrategy.USER_MANAGED
-        with torch.cuda.device(self._device):
-            if self._flavour == "standard":
-                context = engine.create_execution_context(strategy)
-            else:
-                config = engine.create_runtime_config()
-                config.set_execution_context_allocation_strategy(strategy)
-                config.cuda_graph_strategy = self._trt.CudaGraphStrategy.DISABLED
-                config.set_runtime_cache(self._shared_cache(config))
-                context = engine.create_execution_context(config)
-        if context is None:
-            raise InternalError(f"TensorRT cannot run an engine: {self._log.last}")
-        return context
+        if self._flavour == "standard":
+            return engine.create_execution_context(strategy)
+        config = engine.create_runtime_config()
+        config.set_execution_context_allocation_strategy(strategy)
+        config.cuda_graph_strategy = self._trt.CudaGraphStrategy.DISABLED
+        config.set_runtime_cache(self._shared_cache(config))
+        return engine.create_execution_context(config)
 
     def _shared_cache(self, config: Any) -> Any:
         if self._cache is None:
@@ -160,7 +150,7 @@ def _diagnose(trt: ModuleType, runtime: Any, plan: bytes) -> list[str]:
         return []
     _, found = runtime.get_engine_validity(plan)
     kinds = trt.EngineInvalidityDiagnostics.__members__.items()
-    return [name.lower().replace("_", " ") for name, kind in kinds if int(kind) & int(found)]
+    return [name.lower().replace("_", " ") for name, kind in kinds if kind.value & found]
 
 
 def _check_segment(io: EngineIO, segment: Segment, folder: Path) -> None:

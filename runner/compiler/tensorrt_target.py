@@ -9,7 +9,8 @@ import os
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +24,7 @@ from runner.compiler.segment import Segment
 from runner.compiler.tensorrt import BuildSettings, make_fingerprint
 from runner.compiler.tensorrt_install import Install, describe_targets, find_install
 
-ORDER_FILE, ERRORS_FILE = "order.json", "errors.json"
+ORDER_FILE = "order.json"
 
 _ROOT = Path(__file__).parents[2]
 
@@ -71,17 +72,25 @@ class TensorRTTargetBackend:
         """See `Backend`."""
         self.build_all([BuildJob(segment.kind, program, folder)])
 
-    def build_all(self, jobs: Sequence[BuildJob]) -> None:
+    def build_all(
+        self, jobs: Sequence[BuildJob], *, on_built: Callable[[BuildJob], None] | None = None
+    ) -> None:
         """Build many artefacts in one process, which pays for the import of Torch-TensorRT once.
 
+        Args:
+            on_built: called with each job when its artefact is whole, while the next one is built.
+
         Raises:
-            UnsupportedSegmentError: the first one that cannot be compiled.
+            UnsupportedSegmentError: the first one that cannot be compiled; none after it is built.
             PreflightError: the builder does not start on this host.
         """
         _check_target(self._target, self._install)
-        errors = [e for e in run_builder(jobs, self._target, self._settings) if e is not None]
-        if errors:
-            raise UnsupportedSegmentError(errors[0])
+        with closing(run_builder(jobs, self._target, self._settings)) as errors:
+            for job, error in zip(jobs, errors, strict=True):
+                if error is not None:
+                    raise UnsupportedSegmentError(error)
+                if on_built:
+                    on_built(job)
 
     def load(self, folder: Path, segment: Segment) -> Compiled:
         """Raises IncompatibleError: always; there is no such GPU here."""
@@ -95,8 +104,13 @@ class TensorRTTargetBackend:
         return find_install()
 
 
-def run_builder(jobs: Sequence[BuildJob], target: str, settings: BuildSettings) -> list[str | None]:
-    """Build in a process of its own; the message of an `UnsupportedSegmentError`, or None, a job.
+def run_builder(
+    jobs: Sequence[BuildJob], target: str, settings: BuildSettings
+) -> Generator[str | None]:
+    """Build in a process of its own, which ends with this generator.
+
+    Yields:
+        For each job, once it is done: None, or the message of an `UnsupportedSegmentError`.
 
     Raises:
         PreflightError: the process failed as a whole.
@@ -112,22 +126,32 @@ def run_builder(jobs: Sequence[BuildJob], target: str, settings: BuildSettings) 
         }
         (desk / ORDER_FILE).write_text(json.dumps(order), encoding="utf-8")
         with counted("tensorrt"):
-            _run(desk)
-        errors: list[str | None] = json.loads((desk / ERRORS_FILE).read_text(encoding="utf-8"))
-        return errors
+            yield from _answers(desk)
 
 
-def _run(desk: Path) -> None:
+def _answers(desk: Path) -> Generator[str | None]:
     paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
-    done = subprocess.run(
-        [sys.executable, "-m", "runner.compiler.target_builder", str(desk)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or [f"exit code {done.returncode}"])[-1]
+    # A file, since nobody would empty a second pipe while the builder waits for it.
+    with (
+        tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as said,
+        subprocess.Popen(
+            [sys.executable, "-m", "runner.compiler.target_builder", str(desk)],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(paths)},
+            stdout=subprocess.PIPE,
+            stderr=said,
+            text=True,
+        ) as process,
+    ):
+        assert process.stdout is not None, "it was asked for"
+        try:
+            yield from map(json.loads, process.stdout)
+            process.wait()
+        finally:
+            process.kill()  # Or it would go on building for a caller that has given up.
+        said.seek(0)
+        complaints = said.read().strip().splitlines()
+    if process.returncode:
+        reason = (complaints or [f"exit code {process.returncode}"])[-1]
         raise PreflightError(f"the builder of TensorRT-RTX does not run on this host: {reason}")
 
 

@@ -65,6 +65,14 @@ class StepInputs:
         longs, ints, tables = (_copy(x, device) for x in (self.longs, self.ints, tables))
         return self.over(longs, ints, tables)
 
+    def with_all_logits(self, padding: Padding | None) -> "StepInputs":
+        """The same step with the logits of every real row wanted."""
+        num_samples = sum(self.query_lens)
+        wanted = torch.zeros(padding.bucket(num_samples) if padding else num_samples).long()
+        wanted[:num_samples] = torch.arange(num_samples)
+        longs = torch.cat([self.longs[: 4 * self.num_rows], wanted])
+        return replace(self, longs=longs, num_samples=num_samples)
+
     def over(self, longs: torch.Tensor, ints: torch.Tensor, tables: torch.Tensor) -> Batch:
         """The step as views of tensors that hold, or will hold, its numbers."""
         n = self.num_rows

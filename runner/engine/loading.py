@@ -4,22 +4,22 @@ bundle.
 
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from parallel.collectives import Group
 from parallel.context import ParallelContext
 from parallel.transfer import CarryTransfer
+from runner.bundle.bundle import Bundle
 from runner.compiler.backends import Backends
 from runner.engine.compiled_stage import Artefacts, CompiledStage
+from runner.engine.rebuilding import Artefact, build_artefacts
 from runner.engine.stage_runner import StageRunner
 from runner.models.attention import Attention
 from runner.models.attention_choice import make_attention
 from runner.models.decoder import DecoderStage
 from runner.planning import Job
-
-Artefact = tuple[str, str]
-"""The name of a backend and the key of what it made."""
 
 
 def load_stage(job: Job, context: ParallelContext) -> StageRunner:
@@ -28,19 +28,16 @@ def load_stage(job: Job, context: ParallelContext) -> StageRunner:
     Raises:
         IntegrityError: a weight or an artefact is not what the manifest says, or cannot be read.
         IncompatibleError: an artefact was made for another host.
+        PreflightError: a backend is not usable here, and was to build what the bundle holds anew.
     """
     dtype = getattr(torch, job.plan.dtype)
     weights = job.weights(context.rank, dtype=dtype, device=context.device)
     runner = make_runner(job, context, weights)
-    if job.bundle and job.on_mismatch is None:
-        manifest = job.bundle.manifest
-        uses = {
-            kind: {rows: (manifest.artefacts[key].backend, key) for rows, key in by_rows.items()}
-            for kind, by_rows in manifest.uses[context.rank].items()
-        }
-        artefacts = load_artefacts(uses, job.bundle.artefact, runner.stage, context.device)
+    if job.bundle and job.on_mismatch != "eager":
+        load = _rebuild if job.on_mismatch == "rebuild" else _load_bundled
+        artefacts = load(job.bundle, runner.stage, context)
         runner.execute = CompiledStage(runner.stage, artefacts)
-    if job.bundle or context.device.type == "cuda":
+    if runner.execute or context.device.type == "cuda":
         runner.buckets = job.buckets
     return runner
 
@@ -80,7 +77,7 @@ def load_artefacts(
     uses: Mapping[str, Mapping[int, Artefact]],
     folder_of: Callable[[str], Path],
     stage: DecoderStage,
-    device: torch.device,
+    backends: Backends,
 ) -> Artefacts:
     """What runs each kind of part at each number of rows.
 
@@ -88,11 +85,36 @@ def load_artefacts(
         uses: kind -> number of rows -> artefact.
         folder_of: where the artefact of a key lies.
     """
-    backends, parts = Backends(device), stage.parts_by_kind()
+    parts = stage.parts_by_kind()
     return {
         kind: {
             num_rows: backends[backend].load(folder_of(key), parts[kind].segment(num_rows))
             for num_rows, (backend, key) in by_rows.items()
         }
         for kind, by_rows in uses.items()
+    }
+
+
+def _load_bundled(bundle: Bundle, stage: DecoderStage, context: ParallelContext) -> Artefacts:
+    """The artefacts of the bundle, with what loading them made when it was compiled."""
+    backends = Backends(context.device)
+    if caches := bundle.caches(context.rank):
+        backends.read_caches(caches)
+    return load_artefacts(_uses(bundle, context.rank), bundle.artefact, stage, backends)
+
+
+def _rebuild(bundle: Bundle, stage: DecoderStage, context: ParallelContext) -> Artefacts:
+    """The same segments by the same backends, built for this rank's device and not kept."""
+    backends = Backends(context.device)
+    with TemporaryDirectory(prefix="shardline-rebuild-") as name:
+        folder, uses = Path(name), _uses(bundle, context.rank)
+        built = build_artefacts(uses, stage, backends, context.device, folder)
+        return load_artefacts(built, folder.joinpath, stage, backends)
+
+
+def _uses(bundle: Bundle, rank: int) -> dict[str, dict[int, Artefact]]:
+    artefacts = bundle.manifest.artefacts
+    return {
+        kind: {rows: (artefacts[key].backend, key) for rows, key in by_rows.items()}
+        for kind, by_rows in bundle.manifest.uses[rank].items()
     }

@@ -4,8 +4,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-import torch
-
 from parallel.collectives import broadcast_bytes
 from parallel.context import ParallelContext
 from parallel.errors import ConfigError, OutputClosedError, ShardlineError
@@ -118,8 +116,7 @@ def loop(engine: Engine, front: Front | None) -> None:
 
 
 def _open_context(job: Job, env: RankEnv) -> ParallelContext:
-    wanted = job.config.parallel.device
-    device_type = wanted if wanted != "auto" else ("cuda" if torch.cuda.is_available() else "cpu")
+    device_type = job.device_type
     distributed = job.config.distributed
     timeout_s = distributed.collective_timeout_s or _COLLECTIVE_TIMEOUT_S[device_type]
     return ParallelContext.open(

@@ -33,6 +33,7 @@ class StageRunner:
 
     Attributes:
         execute: runs the stage's parts in compiled form; None: by PyTorch.
+        num_blocks, block_size: of the KV cache, without the block for padding. Set by `allocate`.
         padding: how steps are filled up; None: not at all. Set by `allocate`.
     """
 
@@ -43,11 +44,14 @@ class StageRunner:
     execute: Execute | None = None
     buckets: tuple[int, ...] = ()
     caches: dict[int, torch.Tensor] = field(default_factory=dict)
+    num_blocks: int = 0
+    block_size: int = 0
     padding: Padding | None = None
     _graphs: DecodeGraphs | None = None
 
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Reserve the KV cache of every layer of the stage, and a block for padding."""
+        self.num_blocks, self.block_size = num_blocks, block_size
         like = next(self.stage.parameters())
         shape = (2, num_blocks + 1, block_size, self.num_kv_heads, self.stage.config.head_dim)
         for index in self.stage.layer_indices:
@@ -62,10 +66,9 @@ class StageRunner:
         All ranks must call this together, after `allocate`.
         """
         assert self.padding is not None, "a captured step is padded"
-        block_size = next(iter(self.caches.values())).shape[2]
-        width = -(-max_model_len // block_size)
+        width = -(-max_model_len // self.block_size)
         graphs = DecodeGraphs(self.context.device, table_width=width)
-        slot = self.padding.scratch_block * block_size
+        slot = self.padding.scratch_block * self.block_size
         largest = self.padding.bucket(min(max_num_seqs, self.buckets[-1]))
         for num_seqs in sorted((b for b in self.buckets if b <= largest), reverse=True):
             carry = next(iter(self.transfer.incoming(num_seqs)), None)

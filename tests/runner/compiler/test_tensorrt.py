@@ -67,6 +67,7 @@ REFUSED: dict[str, tuple[Callable[..., object], str]] = {
         lambda x: torch.cumprod(torch.kthvalue(x, 2)[0], 0),
         "no converter for aten.cumprod.default, aten.kthvalue.default",
     ),
+    "refused": (lambda x: x.int() @ x.int().T, "MATRIX_MULTIPLY"),
     "same_twice": (lambda x: (y := x + 1, y), "it returns one tensor twice"),
     "input_returned": (lambda x: (x, x + 1), "it returns an input as it is"),
     "same_after_lowering": (lambda x: (y := x + 1, y.to(x.dtype)), "it returns one tensor twice"),
@@ -102,6 +103,12 @@ def test_what_cannot_be_one_engine_is_refused_by_name(
     assert REFUSED[name][1] in message
     assert message.endswith("set compile.backend to inductor or auto")
     assert "\n" not in message
+
+
+def test_a_target_without_the_dtype_is_refused(desk: Path) -> None:
+    (error,) = run_builder([job(mlp(), desk / "sm75")], "sm75", BuildSettings())
+    assert error is not None
+    assert "Cannot compile for target(s) sm75" in error
 
 
 def test_a_refusal_spoils_no_other_segment(outcomes: dict[str, str | None], desk: Path) -> None:

@@ -1,0 +1,66 @@
+"""What a compile came to, as text."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from runner.cli.table import plural, table
+
+if TYPE_CHECKING:
+    from runner.build.built import Built
+    from runner.build.compile import Outcome
+    from runner.build.parity import ParityReport
+
+_COLUMNS = ("segment", "rows>", "backend", "ops in TensorRT>", "us>", "build s>", "bytes>", "ranks")
+
+
+def summary(outcome: "Outcome", output: Path) -> str:
+    """A line a segment and bucket, the totals, and the comparison with the uncompiled model."""
+    built = sorted(outcome.built, key=lambda b: (b.kind, b.num_rows, b.uses[0].rank))
+    unique = {b.key: b for b in built}.values()
+    made = [b for b in unique if b.seconds]
+    return "\n".join(
+        [
+            *table(_COLUMNS, [_row(b) for b in built]),
+            "",
+            f"{plural(len(unique), 'artefact')}, {len(made)} built in "
+            f"{sum(b.seconds for b in made):.1f} s of work, {sum(b.num_bytes for b in unique):,} "
+            "bytes",
+            parity_line(outcome.parity),
+            str(output),
+        ]
+    )
+
+
+def parity_line(parity: "ParityReport") -> str:
+    """The comparison in a line."""
+    if not parity.passed:
+        return f"parity: {'FAILED: ' if parity.whole else ''}{parity.reason}"
+    parts = ["parity: passed"]
+    if parity.units:
+        worst = max(parity.units, key=lambda u: u.error / max(u.eager_error, 1e-30))
+        parts.append(
+            f"largest error {worst.error:.2g} against {worst.eager_error:.2g} uncompiled "
+            f"({worst.name} at {worst.num_tokens} tokens), smallest cosine "
+            f"{min(u.cosine for u in parity.units):.6f}"
+        )
+    if parity.whole:
+        whole = parity.whole
+        parts.append(
+            f"top-1 {whole.top1:.3f}, KL {whole.kl:.2g} over {whole.num_positions} positions"
+        )
+    return "; ".join(parts)
+
+
+def _row(built: "Built") -> list[str]:
+    chosen = next(c for c in built.candidates if c.key == built.key)
+    converted = built.num_ops if built.backend == "tensorrt" else 0
+    return [
+        built.kind,
+        str(built.num_rows),
+        built.backend,
+        f"{converted} of {built.num_ops}",
+        "-" if chosen.microseconds is None else f"{chosen.microseconds:.1f}",
+        f"{built.seconds:.1f}",
+        f"{built.num_bytes:,}",
+        ",".join(map(str, sorted({use.rank for use in built.uses}))),
+    ]
