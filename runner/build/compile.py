@@ -30,7 +30,7 @@ from runner.compiler.backends import Backends
 from runner.engine.compiled_stage import CompiledStage
 from runner.engine.kv_capacity import check_weights_fit
 from runner.engine.loading import load_artefacts, make_runner, make_stage
-from runner.engine.rank import as_rank, join
+from runner.engine.rank import Phase, as_rank, join
 from runner.engine.stage_runner import StageRunner
 from runner.models.attention import GatherAttention
 from runner.models.decoder import DecoderStage
@@ -96,22 +96,28 @@ def compile_on_rank(job: Job, env: RankEnv, target: Target) -> Outcome:
     """
     with as_rank(job, env) as phase:
         context = join(job, env, phase)
-        phase.name = "opening the bundle"
-        source = source_of(job)
-        with _builder(job, context, target) as builder:
-            phase.name = "writing weights"
-            write_weights(job, context.rank, builder, source)
-            phase.name = "compiling"
-            built = _compile(job, context, builder)
-            parity = ParityReport(False, "not compared: compiled with --no-run")
-            if not target.no_run:
-                phase.name = "comparing with the uncompiled model"
-                parity = _run(job, context, builder, built)
-            phase.name = "publishing the bundle"
-            barrier(context.setup)
-            if context.rank == 0:
-                publish(job, builder, Host.current(str(context.device)), source, built, parity)
+        outcome = compile_together(job, context, target, phase)
         context.close()
+    return outcome
+
+
+def compile_together(job: Job, context: ParallelContext, target: Target, phase: Phase) -> Outcome:
+    """The same with ranks that have met already."""
+    phase.name = "opening the bundle"
+    source = source_of(job)
+    with _builder(job, context, target) as builder:
+        phase.name = "writing weights"
+        write_weights(job, context.rank, builder, source)
+        phase.name = "compiling"
+        built = _compile(job, context, builder)
+        parity = ParityReport(False, "not compared: compiled with --no-run")
+        if not target.no_run:
+            phase.name = "comparing with the uncompiled model"
+            parity = _run(job, context, builder, built)
+        phase.name = "publishing the bundle"
+        barrier(context.setup)
+        if context.rank == 0:
+            publish(job, builder, Host.current(str(context.device)), source, built, parity)
     return Outcome(tuple(built), parity)
 
 

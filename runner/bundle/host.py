@@ -164,8 +164,8 @@ def _processor(built: Host, here: Host) -> Iterator[Difference]:
 
 
 def _compute_capability(built: Host, here: Host) -> Difference:
-    sides = (f"SM {host.compute_capability}" for host in (built, here))
-    return Difference("GPU", *sides)
+    capabilities = (host.compute_capability for host in (built, here))
+    return Difference("GPU", *(f"SM {found}" if found else "none" for found in capabilities))
 
 
 def _tensorrt(built: Host, here: Host) -> Iterator[Difference]:

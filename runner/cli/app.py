@@ -33,10 +33,17 @@ app = typer.Typer(
 
 @app.callback()
 def _global_options(
-    debug: bool = typer.Option(False, "--debug", help="Print the traceback of an error."),
+    debug: bool = typer.Option(
+        False, "--debug", help="Print the traceback of an error, and what each rank compiled."
+    ),
 ) -> None:
     if debug:
         os.environ["SHARDLINE_DEBUG"] = "1"
+    if "SHARDLINE_DEBUG" in os.environ:
+        import logging
+
+        logging.basicConfig(format="shardline: %(message)s")
+        logging.getLogger("runner").setLevel(logging.DEBUG)
 
 
 app.command("doctor")(doctor)

@@ -17,13 +17,14 @@ def summary(outcome: "Outcome", output: Path) -> str:
     """A line a segment and bucket, the totals, and the comparison with the uncompiled model."""
     built = sorted(outcome.built, key=lambda b: (b.kind, b.num_rows, b.uses[0].rank))
     unique = {b.key: b for b in built}.values()
-    made = [b for b in unique if b.seconds]
+    # Segments of two kinds can be one artefact, which is built for the first of them.
+    made = {b.key for b in built if b.seconds}
     return "\n".join(
         [
             *table(_COLUMNS, [_row(b) for b in built]),
             "",
             f"{plural(len(unique), 'artefact')}, {len(made)} built in "
-            f"{sum(b.seconds for b in made):.1f} s of work, {sum(b.num_bytes for b in unique):,} "
+            f"{sum(b.seconds for b in built):.1f} s of work, {sum(b.num_bytes for b in unique):,} "
             "bytes",
             parity_line(outcome.parity),
             str(output),

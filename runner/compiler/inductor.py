@@ -5,6 +5,7 @@ On a GPU the kernels lie inside the library. A library is native code: its hash 
 whoever opens the bundle, before `load`.
 """
 
+import json
 import os
 import shutil
 import tempfile
@@ -22,8 +23,11 @@ from runner.compiler.segment import Segment
 
 LIBRARY = "segment.so"
 
-_TUNED_ROWS = 64
-"""Up to so many rows a matrix product waits for memory, and a tuned kernel beats the library's."""
+_ONE_ROW = {"coordinate_descent_tuning": True}
+"""With one row inductor writes matrix products as tuned reductions, which read weights faster than
+the library does. With more rows it leaves them to the library, and searching brings little for
+many seconds a segment.
+"""
 
 
 class InductorBackend:
@@ -37,16 +41,17 @@ class InductorBackend:
     def fingerprint(self) -> Mapping[str, str]:
         check_compiler()
         hardware = gpu_name(self._device) if self._device.type == "cuda" else cpu_isa()
-        return {"torch": torch.__version__, "hardware": hardware}
+        options = json.dumps([self._options(rows) for rows in (1, 2)], sort_keys=True)
+        return {"torch": torch.__version__, "hardware": hardware, "options": options}
 
     def build(self, segment: Segment, program: torch.export.ExportedProgram, folder: Path) -> None:
         with tempfile.TemporaryDirectory() as work, counted("inductor"):
             made = Path(work, LIBRARY)
             try:
                 inputs, _ = program.example_inputs
-                torch._inductor.aot_compile(
-                    program.module(), inputs, options=self._options(segment, made)
-                )
+                options = self._options(segment.activations[0].shape[0])
+                options["aot_inductor.output_path"] = str(made)
+                torch._inductor.aot_compile(program.module(), inputs, options=options)
             except Exception as error:
                 raise UnsupportedSegmentError(
                     f"inductor cannot compile segment {segment.kind} "
@@ -73,13 +78,10 @@ class InductorBackend:
 
         return run
 
-    def _options(self, segment: Segment, library: Path) -> dict[str, Any]:
-        options: dict[str, Any] = {"aot_inductor.output_path": str(library)}
-        if self._device.type == "cuda":
-            options["aot_inductor.embed_kernel_binary"] = True
-            if segment.activations[0].shape[0] <= _TUNED_ROWS:
-                options |= {"max_autotune": True, "coordinate_descent_tuning": True}
-        return options
+    def _options(self, num_rows: int) -> dict[str, Any]:
+        if self._device.type == "cpu":
+            return {}
+        return {"aot_inductor.embed_kernel_binary": True, **(_ONE_ROW if num_rows == 1 else {})}
 
 
 def check_compiler() -> None:

@@ -80,7 +80,12 @@ class Segment:
         """
         inputs = [str(spec) for spec in self.inputs]
         text = json.dumps({"graph": program.graph_module.code.strip(), "inputs": inputs})
-        return hashlib.sha256(text.encode()).hexdigest()
+        digest = hashlib.sha256(text.encode())
+        for name, constant in sorted(program.constants.items()):
+            digest.update(f"{name} {constant}".encode())
+            if isinstance(constant, torch.Tensor):
+                digest.update(constant.contiguous().view(torch.uint8).cpu().numpy().tobytes())
+        return digest.hexdigest()
 
 
 class _Function(nn.Module):

@@ -5,6 +5,7 @@ the write to the KV cache, logits and the greedy choice. Replaying it costs the 
 inputs are copied into tensors that the graph reads; all graphs share one memory pool.
 """
 
+import operator
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -20,12 +21,27 @@ _WARM_UPS = 2
 """Runs before a capture: libraries make their plans and workspaces in the first."""
 
 
+class _Input:
+    """A tensor that a graph reads, and the pinned one through which it is filled.
+
+    The host may write the pinned one again when the step is over: when its tokens are known.
+    """
+
+    def __init__(self, initial: torch.Tensor, device: torch.device) -> None:
+        self._pinned = initial.pin_memory()
+        self.on_device = initial.to(device)
+
+    def fill(self, values: torch.Tensor) -> None:
+        self._pinned.copy_(values)
+        self.on_device.copy_(self._pinned, non_blocking=True)
+
+
 @dataclass
 class _Captured:
     graph: torch.cuda.CUDAGraph
-    longs: torch.Tensor
-    ints: torch.Tensor
-    tables: torch.Tensor
+    longs: _Input
+    ints: _Input
+    tables: _Input
     outputs: tuple[torch.Tensor, ...]
     held: tuple[list[int], ...] = ()
     """Whose block tables are on the device."""
@@ -59,9 +75,11 @@ class DecodeGraphs:
         longs[3 * num_seqs : 4 * num_seqs] = slot
         longs[4 * num_seqs :] = torch.arange(num_seqs)
         ints = torch.cat([torch.arange(num_seqs + 1), torch.zeros(num_seqs)]).int()
+        initial = longs, ints, torch.zeros(num_seqs, self._table_width, dtype=torch.int32)
+        longs_in, ints_in, tables_in = (_Input(tensor, self._device) for tensor in initial)
         inputs = StepInputs(
-            longs=longs.to(self._device),
-            ints=ints.to(self._device),
+            longs=longs,
+            ints=ints,
             tables=(),
             query_lens=(1,) * num_seqs,
             kv_lens=(longest,) * num_seqs,
@@ -70,8 +88,7 @@ class DecodeGraphs:
             num_samples=num_seqs,
             is_decode=True,
         )
-        tables = torch.zeros(num_seqs, self._table_width, dtype=torch.int32, device=self._device)
-        batch = inputs.over(inputs.longs, inputs.ints, tables)
+        batch = inputs.over(longs_in.on_device, ints_in.on_device, tables_in.on_device)
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):
@@ -83,20 +100,23 @@ class DecodeGraphs:
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):
             outputs = forward(batch)
-        captured = _Captured(graph, inputs.longs, inputs.ints, tables, outputs)
-        self._captured[num_seqs] = captured
+        self._captured[num_seqs] = _Captured(graph, longs_in, ints_in, tables_in, outputs)
 
     def run(self, inputs: StepInputs) -> tuple[torch.Tensor, ...]:
         """Replay a step; the outputs are overwritten by the next one of any size."""
         captured = self._captured[inputs.num_seqs]
-        captured.longs.copy_(inputs.longs.pin_memory(), non_blocking=True)
-        captured.ints.copy_(inputs.ints.pin_memory(), non_blocking=True)
-        # A sequence keeps its list of blocks as long as it runs, so most steps have the same.
-        if captured.held != inputs.tables:
-            tables = torch.zeros(captured.tables.shape, dtype=torch.int32)
+        captured.longs.fill(inputs.longs)
+        captured.ints.fill(inputs.ints)
+        if not _are_same(captured.held, inputs.tables):
+            tables = torch.zeros(inputs.num_seqs, self._table_width, dtype=torch.int32)
             for row, blocks in zip(tables, inputs.tables, strict=False):
                 row[: len(blocks)] = torch.tensor(blocks, dtype=torch.int32)
-            captured.tables.copy_(tables.pin_memory(), non_blocking=True)
-            captured.held = tuple(list(blocks) for blocks in inputs.tables)
+            captured.tables.fill(tables)
+            captured.held = inputs.tables
         captured.graph.replay()
         return captured.outputs
+
+
+def _are_same(held: tuple[list[int], ...], tables: tuple[list[int], ...]) -> bool:
+    """A sequence keeps one list of blocks as long as it runs, so most steps have the same lists."""
+    return len(held) == len(tables) and all(map(operator.is_, held, tables))

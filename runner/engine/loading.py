@@ -100,19 +100,20 @@ def _load_bundled(bundle: Bundle, stage: DecoderStage, context: ParallelContext)
     backends = Backends(context.device)
     if caches := bundle.caches(context.rank):
         backends.read_caches(caches)
-    return load_artefacts(_uses(bundle, context.rank), bundle.artefact, stage, backends)
+    return load_artefacts(uses_of(bundle, context.rank), bundle.artefact, stage, backends)
 
 
 def _rebuild(bundle: Bundle, stage: DecoderStage, context: ParallelContext) -> Artefacts:
     """The same segments by the same backends, built for this rank's device and not kept."""
     backends = Backends(context.device)
     with TemporaryDirectory(prefix="shardline-rebuild-") as name:
-        folder, uses = Path(name), _uses(bundle, context.rank)
+        folder, uses = Path(name), uses_of(bundle, context.rank)
         built = build_artefacts(uses, stage, backends, context.device, folder)
         return load_artefacts(built, folder.joinpath, stage, backends)
 
 
-def _uses(bundle: Bundle, rank: int) -> dict[str, dict[int, Artefact]]:
+def uses_of(bundle: Bundle, rank: int) -> dict[str, dict[int, Artefact]]:
+    """What runs each kind of part at each number of rows on a rank of a bundle."""
     artefacts = bundle.manifest.artefacts
     return {
         kind: {rows: (artefacts[key].backend, key) for rows, key in by_rows.items()}

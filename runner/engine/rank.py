@@ -1,5 +1,6 @@
 """The life of a rank: join the others, load, step until rank 0 says to leave."""
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
@@ -9,6 +10,7 @@ from parallel.context import ParallelContext
 from parallel.errors import ConfigError, OutputClosedError, ShardlineError
 from parallel.faults import as_rank_error
 from parallel.launch import RankEnv
+from runner.compiler.counter import compilations, watch_triton
 from runner.engine.control import Control
 from runner.engine.engine import Engine
 from runner.engine.kv_capacity import agree_on_blocks, check_weights_fit
@@ -16,6 +18,8 @@ from runner.engine.loading import load_stage
 from runner.engine.scheduler import BlockPool, Output, Scheduler
 from runner.engine.stage_runner import StageRunner
 from runner.planning import Job
+
+_LOG = logging.getLogger(__name__)
 
 _COLLECTIVE_TIMEOUT_S = {"cuda": 30.0, "cpu": 600.0}
 """A rank waits for the ranks before it, and a CPU may take minutes over a step."""
@@ -73,6 +77,8 @@ def run_rank(job: Job, env: RankEnv, front: Front | None) -> None:
     """
     with as_rank(job, env) as phase:
         context = join(job, env, phase)
+        if context.device.type == "cuda":
+            watch_triton()
         phase.name = "loading weights"
         check_weights_fit(job.plan, context, job.config.kv_cache.gpu_memory_utilization)
         stage_runner = load_stage(job, context)
@@ -81,6 +87,7 @@ def run_rank(job: Job, env: RankEnv, front: Front | None) -> None:
         phase.name = "generating"
         loop(engine, front)
         stage_runner.transfer.drain()
+        _LOG.debug("rank %d compiled: %s", env.rank, compilations() or "nothing")
         context.close()
 
 

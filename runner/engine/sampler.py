@@ -22,7 +22,9 @@ def choose_greedily(logits: torch.Tensor) -> torch.Tensor:
 
     Shapes: (num_samples, vocab_size) -> (num_samples,) int64.
     """
-    return torch.where(logits.isfinite().all(-1), logits.argmax(-1), NOT_FINITE)
+    # What is not a number is the largest of its row.
+    largest, chosen = logits.max(-1)
+    return torch.where(largest.isfinite(), chosen, NOT_FINITE)
 
 
 def sample(logits: torch.Tensor, greedy: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:

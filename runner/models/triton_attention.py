@@ -35,8 +35,8 @@ class DecodeTuning:
     tile_bytes: int = 16 * 1024
     num_warps: int = 4
     num_stages: int = 5
-    min_tiles: int = 2
-    programs_per_processor: int = 8
+    min_tiles: int = 4
+    programs_per_processor: int = 2
 
 
 def count_splits(programs: int, tiles: int, wanted: int) -> int:

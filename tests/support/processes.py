@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 COMMAND = [sys.executable, "-m", "runner"]
@@ -16,8 +16,13 @@ def run_command(
     launcher: Sequence[str] = COMMAND,
     cwd: Path = ROOT,
     timeout_s: float = 90,
+    environment: Mapping[str, str] | None = None,
 ) -> subprocess.CompletedProcess[str]:
-    """Run to the end; the output is text."""
+    """Run to the end; the output is text.
+
+    Args:
+        environment: all of it; None: this process's own.
+    """
     return subprocess.run(
         [*launcher, *arguments],
         cwd=cwd,
@@ -25,6 +30,7 @@ def run_command(
         text=True,
         timeout=timeout_s,
         check=False,
+        env=environment,
     )
 
 

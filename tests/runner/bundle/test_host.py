@@ -28,6 +28,7 @@ H200 = Host(
 H100 = replace(H200, gpu="NVIDIA H100 80GB HBM3")
 A100 = replace(H200, gpu="NVIDIA A100", compute_capability="8.0")
 CPU = replace(H200, device="cpu", gpu=None, compute_capability=None)
+SM90 = replace(H200, gpu=None, versions={**H200.versions, "torch": "2.13.0+cpu"})
 AVX2 = replace(CPU, cpu="x86_64 AVX2", cpu_features=("avx2",))
 MORE = replace(CPU, cpu_features=("amx_tile", "avx2", "avx512_f"))
 
@@ -96,6 +97,25 @@ PATCH = with_version(H200, torch="2.13.1+cu130", shardline="0.1.7")
             {"tensorrt", "eager"},
             ["tensorrt-rtx is not installed, it was built for 1.5.0.1"],
         ),
+        (SM90, H200, {"tensorrt"}, []),
+        (SM90, H100, {"tensorrt"}, []),
+        (SM90, PATCH, {"tensorrt"}, []),
+        (SM90, A100, {"tensorrt"}, ["GPU is SM 8.0, it was built for SM 9.0"]),
+        (
+            SM90,
+            with_version(H200, torch="2.14.0", tensorrt_rtx="1.6.0"),
+            {"tensorrt"},
+            [
+                "torch is 2.14.0, it was built for 2.13.0+cpu",
+                "tensorrt-rtx is 1.6.0, it was built for 1.5.0.1",
+            ],
+        ),
+        (
+            SM90,
+            CPU,
+            {"tensorrt"},
+            ["device is cpu, it was built for cuda", "GPU is none, it was built for SM 9.0"],
+        ),
         (
             H200,
             A100,
@@ -133,6 +153,15 @@ def test_this_host_is_like_itself() -> None:
     assert here.versions["shardline"] == metadata.version("shardline")
     assert here.cpu_features
     assert here.describe().startswith(f"CPU {here.cpu}")
+
+
+@pytest.mark.parametrize(("target", "capability"), [("sm89", "8.9"), ("sm120", "12.0")])
+def test_a_target_is_any_gpu_of_its_compute_capability(target: str, capability: str) -> None:
+    host, here = Host.of_target(target), Host.current("cpu")
+    assert host == replace(here, device="cuda", compute_capability=capability)
+    assert host.is_target
+    assert not here.is_target
+    assert host.describe().startswith(f"any GPU (SM {capability}), torch ")
 
 
 def test_a_gpu_that_is_not_there_is_a_matter_of_the_host() -> None:

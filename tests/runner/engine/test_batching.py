@@ -1,13 +1,16 @@
-"""A step's sequences laid out flat, number by number."""
+"""A step's sequences laid out flat and padded, number by number."""
 
+import pytest
 import torch
 
-from runner.engine.batching import make_batch
+from runner.engine.batching import Padding, lay_out, make_batch
 from runner.engine.request import Request
 from runner.engine.scheduler import Scheduled
 from runner.engine.sequence import Sequence
 
 CPU = torch.device("cpu")
+BUCKETS = (1, 4, 8)
+SCRATCH = 11
 
 
 def sequence(ids: list[int], *, computed: int, blocks: list[int], variant: int = 0) -> Sequence:
@@ -60,3 +63,85 @@ def test_tokens_that_are_computed_again_go_where_they_were() -> None:
     assert batch.positions.tolist() == [0, 1, 2, 3, 4]
     assert batch.slots.tolist() == [24, 25, 26, 27, 12]
     assert batch.rope_variants.tolist() == [1] * 5
+
+
+def mixed() -> list[Scheduled]:
+    """A prompt of three tokens beside a sequence that decodes its sixth."""
+    decoding = sequence([10, 11, 12, 13, 14, 15], computed=5, blocks=[7, 2], variant=1)
+    return [Scheduled(decoding, 1), Scheduled(sequence([20, 21, 22], computed=0, blocks=[5]), 3)]
+
+
+def decoding(count: int) -> list[Scheduled]:
+    return [
+        Scheduled(sequence([10 + i, 20 + i, 30 + i], computed=2, blocks=[i]), 1)
+        for i in range(count)
+    ]
+
+
+@pytest.mark.parametrize(("num_rows", "bucket"), [(1, 1), (2, 4), (4, 4), (5, 8), (8, 8)])
+def test_the_smallest_bucket_that_holds_them(num_rows: int, bucket: int) -> None:
+    assert Padding(BUCKETS, SCRATCH).bucket(num_rows) == bucket
+
+
+def test_rows_and_samples_are_padded_and_padding_writes_where_no_sequence_reads() -> None:
+    parts = [*mixed(), Scheduled(sequence([40, 41], computed=1, blocks=[6]), 1)]
+    inputs = lay_out(parts, 4, Padding(BUCKETS, SCRATCH))
+    assert (inputs.num_rows, inputs.num_seqs, inputs.num_samples) == (8, 3, 3)
+    assert not inputs.is_decode
+    padded, plain = inputs.to(CPU), make_batch(parts, 4, CPU)
+    for name in ("token_ids", "positions", "rope_variants"):
+        assert getattr(padded, name).tolist() == [*getattr(plain, name).tolist(), 0, 0, 0]
+    assert padded.slots.tolist() == [*plain.slots.tolist(), *[SCRATCH * 4] * 3]
+    assert padded.logits_rows.tolist() == [0, 3, 4, 0]
+    # Attention must not see what is padding.
+    for name in ("query_offsets", "kv_lengths", "block_tables"):
+        assert getattr(padded, name).tolist() == getattr(plain, name).tolist()
+    assert (padded.query_lens, padded.kv_lens) == (plain.query_lens, plain.kv_lens)
+
+
+def test_a_step_that_fills_its_bucket_is_not_padded() -> None:
+    inputs = lay_out(mixed(), 4, Padding(BUCKETS, SCRATCH))
+    plain = make_batch(mixed(), 4, CPU)
+    assert inputs.num_rows == 4
+    batch = inputs.to(CPU)
+    assert batch.slots.tolist() == plain.slots.tolist()
+    # Samples have buckets of their own: two of four.
+    assert batch.logits_rows.tolist() == [0, 3, 0, 0]
+
+
+def test_a_chunk_that_samples_nothing_has_no_samples_to_pad() -> None:
+    chunk = [Scheduled(sequence([1, 2, 3, 4], computed=0, blocks=[0]), 3)]
+    inputs = lay_out(chunk, 4, Padding(BUCKETS, SCRATCH))
+    assert (inputs.num_rows, inputs.num_samples) == (4, 0)
+    assert inputs.to(CPU).logits_rows.tolist() == []
+
+
+def test_a_decode_step_for_a_captured_graph_is_padded_with_empty_sequences() -> None:
+    inputs = lay_out(decoding(3), 4, Padding(BUCKETS, SCRATCH, table_width=5))
+    assert inputs.is_decode
+    assert (inputs.num_rows, inputs.num_seqs, inputs.num_samples) == (4, 4, 3)
+    assert inputs.ints.tolist() == [0, 1, 2, 3, 4, 3, 3, 3, 0]
+    assert len(inputs.query_lens) == 3
+    longs = inputs.longs.tolist()
+    assert longs[12:16] == [2, 6, 10, SCRATCH * 4]
+    assert longs[16:] == [0, 1, 2, 0]
+
+
+def test_a_prompt_makes_a_step_that_no_graph_was_captured_of() -> None:
+    padding = Padding(BUCKETS, SCRATCH, table_width=5)
+    inputs = lay_out(mixed(), 4, padding)
+    assert (inputs.is_decode, inputs.num_seqs) == (False, 2)
+    # A prompt of one token is no different from a decoded one.
+    single = [Scheduled(sequence([9], computed=0, blocks=[3]), 1)]
+    assert lay_out(single, 4, padding).is_decode
+    assert not lay_out(single, 4, Padding(BUCKETS, SCRATCH)).is_decode
+
+
+@pytest.mark.parametrize(("padding", "padded"), [(None, 0), (Padding(BUCKETS, SCRATCH), 3)])
+def test_the_logits_of_every_row_instead_of_the_last(padding: Padding | None, padded: int) -> None:
+    parts = [*mixed(), Scheduled(sequence([40, 41, 42], computed=0, blocks=[6]), 1)]
+    inputs = lay_out(parts, 4, padding)
+    every = inputs.with_all_logits(padding)
+    assert every.num_samples == 5
+    assert every.to(CPU).logits_rows.tolist() == [0, 1, 2, 3, 4, *[0] * padded]
+    assert every.to(CPU).slots.tolist() == inputs.to(CPU).slots.tolist()

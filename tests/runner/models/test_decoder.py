@@ -21,10 +21,10 @@ from parallel.context import ParallelContext
 from parallel.launch import RankEnv
 from parallel.topology import Topology
 from runner.engine.batching import make_batch
+from runner.engine.loading import load_stage
 from runner.engine.request import Request
 from runner.engine.scheduler import Scheduled
 from runner.engine.sequence import Sequence
-from runner.engine.loading import load_stage
 from runner.models.batch import Batch
 from runner.models.norm import RMSNorm
 
