@@ -8,6 +8,8 @@ whoever opens the bundle, before `load`.
 import json
 import os
 import shutil
+import subprocess
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -23,6 +25,15 @@ from runner.compiler.segment import Segment
 
 LIBRARY = "segment.so"
 
+_LOAD = """
+import sys, torch
+kind, library, device = sys.argv[1:]
+if kind == "cuda":
+    torch._C._aoti.AOTIModelContainerRunnerCuda(library, 1, device, "")
+else:
+    torch._C._aoti.AOTIModelContainerRunnerCpu(library, 1)
+"""
+
 _ONE_ROW = {"coordinate_descent_tuning": True}
 """With one row inductor writes matrix products as tuned reductions, which read weights faster than
 the library does. With more rows it leaves them to the library, and searching brings little for
@@ -37,6 +48,8 @@ class InductorBackend:
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
+        self._loads = False
+        self._fault: str | None = None
 
     def fingerprint(self) -> Mapping[str, str]:
         check_compiler()
@@ -45,6 +58,13 @@ class InductorBackend:
         return {"torch": torch.__version__, "hardware": hardware, "options": options}
 
     def build(self, segment: Segment, program: torch.export.ExportedProgram, folder: Path) -> None:
+        """See `Backend`.
+
+        Raises:
+            PreflightError: what the compiler makes on this host does not load.
+        """
+        if self._fault:
+            raise PreflightError(self._fault)
         with tempfile.TemporaryDirectory() as work, counted("inductor"):
             made = Path(work, LIBRARY)
             try:
@@ -57,6 +77,7 @@ class InductorBackend:
                     f"inductor cannot compile segment {segment.kind} "
                     f"({type(error).__name__}: {error}); use compile.backend: eager or auto"
                 ) from error
+            self._check_loads(made)
             shutil.copyfile(made, folder / LIBRARY)
 
     def load(self, folder: Path, segment: Segment) -> Compiled:
@@ -78,17 +99,42 @@ class InductorBackend:
 
         return run
 
+    def _check_loads(self, library: Path) -> None:
+        """Load the first library in a process of its own: where the compiler links the C++ runtime
+        statically, for example, loading one ends the process.
+        """
+        if self._loads:
+            return
+        done = subprocess.run(
+            [sys.executable, "-c", _LOAD, self._device.type, str(library), str(self._device)],
+            capture_output=True,
+            text=True,
+        )
+        if done.returncode != 0:
+            said = done.stderr.strip().splitlines()
+            reason = f"signal {-done.returncode}" if done.returncode < 0 else (said or ["?"])[-1]
+            self._fault = (
+                f"backend inductor: the libraries that {compiler()} makes here do not load "
+                f"({reason}); use another compiler (CXX), or another backend"
+            )
+            raise PreflightError(self._fault)
+        self._loads = True
+
     def _options(self, num_rows: int) -> dict[str, Any]:
         if self._device.type == "cpu":
             return {}
         return {"aot_inductor.embed_kernel_binary": True, **(_ONE_ROW if num_rows == 1 else {})}
 
 
+def compiler() -> str:
+    """The C++ compiler that inductor calls."""
+    return os.environ.get("CXX", "g++")
+
+
 def check_compiler() -> None:
     """Raises PreflightError: there is no C++ compiler."""
-    compiler = os.environ.get("CXX", "g++")
-    if shutil.which(compiler) is None:
+    if shutil.which(compiler()) is None:
         raise PreflightError(
-            f"backend inductor needs a C++ compiler, {compiler} is not on PATH; install g++, set "
+            f"backend inductor needs a C++ compiler, {compiler()} is not on PATH; install g++, set "
             "CXX, or use compile.backend: eager"
         )
