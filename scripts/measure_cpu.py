@@ -31,6 +31,7 @@ import rank_jobs  # noqa: E402
 from parallel.collectives import Group  # noqa: E402
 from parallel.context import ParallelContext  # noqa: E402
 from parallel.launch import RankEnv  # noqa: E402
+from runner.engine.loading import load_stage  # noqa: E402
 from runner.engine.rank import loop, make_engine  # noqa: E402
 from runner.engine.request import Request  # noqa: E402
 from runner.engine.stage_runner import StageRunner  # noqa: E402
@@ -104,7 +105,7 @@ def measure_load(folder: str, tp_size: int, rank: int) -> dict[str, Any]:
     watcher = threading.Thread(target=watch)
     watcher.start()
     started = time.perf_counter()
-    StageRunner.load(job.spec, job.plan, context)
+    load_stage(job, context)
     seconds = time.perf_counter() - started
     done.set()
     watcher.join()
@@ -171,7 +172,7 @@ def decodes(folder: Path) -> list[dict[str, Any]]:
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     job = rank_jobs.prepare(str(folder), [1], {})
     context = ParallelContext.open(job.plan.topology, RankEnv(0, 1), device_type="cpu")
-    stage_runner = StageRunner.load(job.spec, job.plan, context)
+    stage_runner = load_stage(job, context)
     model = load_reference(folder)
     model.generation_config.eos_token_id = None
     rows = []

@@ -11,42 +11,26 @@ from typing import Any
 
 import torch
 
-from parallel.collectives import Group
 from parallel.context import ParallelContext
 from parallel.launch import RankEnv
 from runner.build.built import Built
 from runner.build.choice import AUTO, Chooser
+from runner.build.contents import publish, source_of, write_weights
 from runner.build.parity import ParityReport, compare
 from runner.build.progress import Progress
 from runner.build.sharing import barrier, gather
-from runner.build.worklist import Work, worklist
+from runner.build.worklist import Work, stages_of, worklist
 from runner.bundle import layout
 from runner.bundle.builder import BundleBuilder
 from runner.bundle.host import Host
-from runner.bundle.manifest import Manifest
-from runner.bundle.source import SourceFile, read_source, source_digest
 from runner.bundle.weights_file import read_weights
 from runner.compiler.backends import Backends
 from runner.engine.compiled_stage import CompiledStage
 from runner.engine.kv_capacity import check_weights_fit
-from runner.engine.loading import load_artefacts, make_runner, make_stage
+from runner.engine.loading import load_artefacts, make_runner
 from runner.engine.rank import Phase, as_rank, join
 from runner.engine.stage_runner import StageRunner
-from runner.models.attention import GatherAttention
-from runner.models.decoder import DecoderStage
 from runner.planning import Job
-
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
-"""What of a model's folder a bundle takes along, where it is there."""
 
 
 @dataclass(frozen=True)
@@ -95,7 +79,8 @@ def compile_on_rank(job: Job, env: RankEnv, target: Target) -> Outcome:
         ShardlineError: see `runner.engine.rank.as_rank`.
     """
     with as_rank(job, env) as phase:
-        context = join(job, env, phase)
+        patience_s = job.config.distributed.build_timeout_s
+        context = join(job, env, phase, setup_timeout_s=patience_s)
         outcome = compile_together(job, context, target, phase)
         context.close()
     return outcome
@@ -131,37 +116,6 @@ def _builder(job: Job, context: ParallelContext, target: Target) -> Iterator[Bun
     with target.lead(job) as builder:
         barrier(context.setup)
         yield builder
-
-
-def source_of(job: Job) -> dict[str, SourceFile]:
-    """The files that the weights are read from; random ones come from none."""
-    if job.config.model.load_format == "dummy":
-        return {}
-    return read_source(info.file for info in job.spec.checkpoint.tensors.values())
-
-
-def write_weights(
-    job: Job, rank: int, builder: BundleBuilder, source: dict[str, SourceFile]
-) -> None:
-    """Random weights are made again wherever they are needed."""
-    if job.config.model.load_format == "dummy":
-        return
-    digest = source_digest(source)
-    if not builder.finished_weights(rank, digest):
-        dtype, device = getattr(torch, job.plan.dtype), torch.device("cpu")
-        tensors = job.weights(rank, dtype=dtype, device=device)
-        builder.write_weights(rank, tensors, source=digest)
-
-
-def stages_of(job: Job) -> Iterator[DecoderStage]:
-    """The stages of all ranks, on the meta device."""
-    topology = job.plan.topology
-    for rank in range(topology.world_size):
-        here = topology.coordinate(rank)
-        group = Group(tuple(topology.ranks(here.stage)), here.tp_rank)
-        heads = job.plan.ranks[rank].heads
-        attend = GatherAttention(heads, torch.device("cpu"))
-        yield make_stage(job, rank, group, attend)
 
 
 def _compile(job: Job, context: ParallelContext, builder: BundleBuilder) -> list[Built]:
@@ -227,50 +181,3 @@ def _load(
     artefacts = load_artefacts(uses, builder.artefact_folder, runner.stage, backends)
     runner.execute, runner.buckets = CompiledStage(runner.stage, artefacts), job.buckets
     return runner
-
-
-def publish(
-    job: Job,
-    builder: BundleBuilder,
-    host: Host,
-    source: dict[str, SourceFile],
-    built: list[Built],
-    parity: ParityReport,
-) -> None:
-    """Complete the bundle; `host` is what it was compiled for."""
-    folder = job.spec.folder
-    builder.copy_model_files(folder, [name for name in MODEL_FILES if (folder / name).is_file()])
-    manifest = Manifest(
-        plan=job.plan.to_dict(),
-        plan_digest=job.plan.digest(),
-        config=portable_config(job, host.device),
-        source=source,
-        host=host,
-        artefacts={b.key: b.artefact for b in built},
-        uses=uses_of(built, len(job.plan.ranks)),
-        choices=tuple(choice for b in built for choice in b.choices),
-        parity=parity.to_dict(),
-        files={},
-    )
-    builder.publish(manifest, report={"built": [asdict(b) for b in built]})
-
-
-def portable_config(job: Job, device_type: str) -> dict[str, Any]:
-    """The configuration in effect, with nothing in it that only this host has."""
-    config: dict[str, Any] = job.config.model_dump()
-    config["model"] |= {
-        "path": "model",
-        "dtype": job.plan.dtype,
-        "max_model_len": job.plan.max_model_len,
-    }
-    config["parallel"]["device"] = device_type
-    return config
-
-
-def uses_of(built: list[Built], world_size: int) -> tuple[dict[str, dict[int, str]], ...]:
-    """For each rank: kind of part -> number of rows -> key of its artefact."""
-    uses: tuple[dict[str, dict[int, str]], ...] = tuple({} for _ in range(world_size))
-    for made in built:
-        for use in made.uses:
-            uses[use.rank].setdefault(use.kind, {})[use.num_rows] = made.key
-    return uses

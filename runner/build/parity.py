@@ -14,7 +14,7 @@ from typing import Any
 import torch
 
 from runner.build.reference import EMBEDDING, HEAD, Reference, Unit
-from runner.build.sharing import gather
+from runner.build.sharing import barrier, gather
 from runner.build.whole_parity import WholeParity, compare_whole
 from runner.config.schema import ParityConfig
 from runner.engine.batching import StepInputs, lay_out
@@ -22,7 +22,7 @@ from runner.engine.request import Request
 from runner.engine.scheduler import Scheduled
 from runner.engine.sequence import Sequence as TokenSequence
 from runner.engine.stage_runner import StageRunner
-from runner.models.decoder import Execute
+from runner.models.part import Execute
 from runner.planning import Job
 
 _WIDE = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
@@ -37,7 +37,7 @@ class UnitParity:
 
     Attributes:
         name: such as "layers.3".
-        cosine: between its contribution and that of the reference.
+        cosine: between its contribution and that of the reference, rounding of the residual aside.
         error: largest, relative to the root mean square of the reference.
         eager_error: the same of PyTorch's kernels in the model's dtype, undivided.
     """
@@ -114,6 +114,8 @@ def compare(job: Job, runner: StageRunner) -> ParityReport:
     sequences = [_sequences(job, n) for n in runner.buckets]
     most = max(sum(-(-len(s) // block_size) for s in step) for step in sequences)
     runner.allocate(max(most, -(-bounds.num_tokens // block_size)), block_size)
+    # Loading takes some ranks longer than a step may.
+    barrier(context.setup)
     units: list[UnitParity] = []
     if job.config.model.load_format != "dummy" or context.tp.size == 1:
         steps = [_record(runner, step, block_size) for step in sequences]
@@ -196,10 +198,10 @@ def _judge(
         stored = torch.maximum(residual.abs(), wanted.abs())
         # What a layer adds; the residual stream would hide it.
         wanted, plain, found = (y - residual for y in (wanted, plain, found))
-    cosine = torch.cosine_similarity(found.flatten(), wanted.flatten(), dim=0).item()
     eps = torch.finfo(narrow).eps
     error, beyond = errors_of(found, wanted, rounding=eps * stored)
     eager_error, _ = errors_of(plain, wanted, rounding=eps * stored)
+    cosine = cosine_of(found, wanted, rounding=eps * stored)
     # Written so that a number that is none fails.
     passed = cosine >= bounds.min_cosine
     passed = passed and beyond <= max(bounds.max_error_ratio * eager_error, _FLOOR * eps)
@@ -229,6 +231,12 @@ def errors_of(
     scale = wanted.pow(2).mean().sqrt().clamp_min(torch.finfo(wanted.dtype).tiny)
     off = (found - wanted).abs()
     return (off.max() / scale).item(), ((off - rounding).max() / scale).item()
+
+
+def cosine_of(found: torch.Tensor, wanted: torch.Tensor, *, rounding: torch.Tensor) -> float:
+    """The cosine of all elements together, where those within `rounding` count as right."""
+    settled = torch.where((found - wanted).abs() <= rounding, wanted, found)
+    return torch.cosine_similarity(settled.flatten(), wanted.flatten(), dim=0).item()
 
 
 def _known(number: float) -> float:

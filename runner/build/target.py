@@ -15,10 +15,11 @@ import torch
 
 from runner.build.built import Built
 from runner.build.choice import NAMED
-from runner.build.compile import Outcome, Target, publish, source_of, stages_of, write_weights
+from runner.build.compile import Outcome, Target
+from runner.build.contents import publish, source_of, write_weights
 from runner.build.parity import ParityReport
 from runner.build.progress import Progress
-from runner.build.worklist import Work, worklist
+from runner.build.worklist import Work, stages_of, worklist
 from runner.bundle.builder import BundleBuilder
 from runner.bundle.host import Host
 from runner.bundle.manifest import Candidate

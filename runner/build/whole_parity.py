@@ -13,7 +13,7 @@ from runner.engine.request import Request
 from runner.engine.scheduler import Scheduled
 from runner.engine.sequence import Sequence
 from runner.engine.stage_runner import StageRunner
-from runner.models.decoder import Execute
+from runner.models.part import Execute
 from runner.planning import Job
 
 _NUM_DECODED = 8

@@ -3,11 +3,18 @@
 Compiling needs no weights and no other rank, so any rank can build what another one will run.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
+import torch
+
+from parallel.collectives import Group
 from runner.compiler.segment import Segment, TensorSpec
-from runner.models.decoder import DecoderStage, Part
+from runner.engine.loading import make_stage
+from runner.models.attention import GatherAttention
+from runner.models.decoder import DecoderStage
+from runner.models.part import Part
+from runner.planning import Job
 
 _Shapes = tuple[str, tuple[TensorSpec, ...], tuple[tuple[str, TensorSpec], ...]]
 
@@ -62,3 +69,14 @@ def rows_of(part: Part, buckets: tuple[int, ...], max_num_seqs: int) -> tuple[in
         return buckets
     needed = [b for b in buckets if b < max_num_seqs]
     return buckets[: len(needed) + 1]
+
+
+def stages_of(job: Job) -> Iterator[DecoderStage]:
+    """The stages of all ranks, on the meta device."""
+    topology = job.plan.topology
+    for rank in range(topology.world_size):
+        here = topology.coordinate(rank)
+        group = Group(tuple(topology.ranks(here.stage)), here.tp_rank)
+        heads = job.plan.ranks[rank].heads
+        attend = GatherAttention(heads, torch.device("cpu"))
+        yield make_stage(job, rank, group, attend)

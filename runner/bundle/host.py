@@ -3,7 +3,6 @@
 Not here: whether this host is fit to run at all; that is `runner.observe`'s doctor.
 """
 
-import platform
 from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from importlib import metadata
@@ -69,11 +68,10 @@ class Host:
     ) -> "Host":
         import torch
 
-        features = torch.cpu.get_capabilities()
-        cpu = f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
-        names = tuple(sorted(name for name, value in features.items() if value is True))
+        from runner.compiler.host import cpu_features, cpu_isa
+
         versions = _versions(str(torch.__version__))
-        return cls(device, cpu, names, gpu, compute_capability, versions)
+        return cls(device, cpu_isa(), cpu_features(), gpu, compute_capability, versions)
 
     @property
     def is_target(self) -> bool:

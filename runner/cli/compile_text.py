@@ -38,11 +38,10 @@ def parity_line(parity: "ParityReport") -> str:
         return f"parity: {'FAILED: ' if parity.whole else ''}{parity.reason}"
     parts = ["parity: passed"]
     if parity.units:
-        worst = max(parity.units, key=lambda u: u.error / max(u.eager_error, 1e-30))
+        worst = min(parity.units, key=lambda unit: unit.cosine)
         parts.append(
-            f"largest error {worst.error:.2g} against {worst.eager_error:.2g} uncompiled "
-            f"({worst.name} at {worst.num_tokens} tokens), smallest cosine "
-            f"{min(u.cosine for u in parity.units):.6f}"
+            f"smallest cosine of a layer's contribution {worst.cosine:.6f} "
+            f"({worst.name} at {worst.num_tokens} tokens)"
         )
     if parity.whole:
         whole = parity.whole

@@ -1,4 +1,4 @@
-"""The hardware that compiled code is bound to, in one line each."""
+"""The hardware that compiled code is bound to."""
 
 import platform
 
@@ -12,5 +12,11 @@ def gpu_name(device: torch.device) -> str:
 
 
 def cpu_isa() -> str:
-    """Such as "x86_64 AVX512", as PyTorch sees it."""
+    """Architecture and the vector extension that torch uses, such as "x86_64 AVX512"."""
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+def cpu_features() -> tuple[str, ...]:
+    """The instruction sets of the processor; inductor compiles for all of them."""
+    features = torch.cpu.get_capabilities()
+    return tuple(sorted(name for name, value in features.items() if value is True))

@@ -20,7 +20,7 @@ import torch
 from parallel.errors import IncompatibleError, PreflightError, UnsupportedSegmentError
 from runner.compiler.backend import Compiled
 from runner.compiler.counter import counted
-from runner.compiler.host import cpu_isa, gpu_name
+from runner.compiler.host import cpu_features, cpu_isa, gpu_name
 from runner.compiler.segment import Segment
 
 LIBRARY = "segment.so"
@@ -53,7 +53,11 @@ class InductorBackend:
 
     def fingerprint(self) -> Mapping[str, str]:
         check_compiler()
-        hardware = gpu_name(self._device) if self._device.type == "cuda" else cpu_isa()
+        hardware = (
+            gpu_name(self._device)
+            if self._device.type == "cuda"
+            else f"{cpu_isa()} {' '.join(cpu_features())}"
+        )
         options = json.dumps([self._options(rows) for rows in (1, 2)], sort_keys=True)
         return {"torch": torch.__version__, "hardware": hardware, "options": options}
 

@@ -235,6 +235,9 @@ class DistributedConfig(Section):
     init_timeout_s: Seconds = 300.0
     """Seconds that the ranks have to find each other, and to load the model."""
 
+    build_timeout_s: Seconds = 7200.0
+    """Seconds that ranks which compile wait for one another."""
+
     collective_timeout_s: Seconds | None = None
     """Seconds that one collective may take; null means 30 on GPUs and 600 on a CPU."""
 

@@ -91,10 +91,17 @@ def run_rank(job: Job, env: RankEnv, front: Front | None) -> None:
         context.close()
 
 
-def join(job: Job, env: RankEnv, phase: Phase) -> ParallelContext:
-    """Meet the other ranks, and make sure that they have the same plan."""
+def join(
+    job: Job, env: RankEnv, phase: Phase, *, setup_timeout_s: float | None = None
+) -> ParallelContext:
+    """Meet the other ranks, and make sure that they have the same plan.
+
+    Args:
+        setup_timeout_s: how long ranks wait for one another between steps; None: as long as a
+            start may take.
+    """
     phase.name = "joining the other ranks"
-    context = _open_context(job, env)
+    context = _open_context(job, env, setup_timeout_s)
     phase.name = "comparing plans"
     _check_same_plan(job, context)
     return context
@@ -122,7 +129,7 @@ def loop(engine: Engine, front: Front | None) -> None:
                 front.take(outputs)
 
 
-def _open_context(job: Job, env: RankEnv) -> ParallelContext:
+def _open_context(job: Job, env: RankEnv, setup_timeout_s: float | None) -> ParallelContext:
     device_type = job.device_type
     distributed = job.config.distributed
     timeout_s = distributed.collective_timeout_s or _COLLECTIVE_TIMEOUT_S[device_type]
@@ -130,7 +137,7 @@ def _open_context(job: Job, env: RankEnv) -> ParallelContext:
         job.plan.topology,
         env,
         device_type=device_type,
-        init_timeout_s=distributed.init_timeout_s,
+        init_timeout_s=setup_timeout_s or distributed.init_timeout_s,
         collective_timeout_s=timeout_s,
     )
 

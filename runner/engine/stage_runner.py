@@ -11,7 +11,8 @@ from runner.engine.batching import Padding, StepInputs
 from runner.engine.cuda_graphs import DecodeGraphs
 from runner.engine.sampler import choose_greedily
 from runner.models.batch import Batch
-from runner.models.decoder import DecoderStage, Execute
+from runner.models.decoder import DecoderStage
+from runner.models.part import Execute
 
 
 @dataclass(frozen=True)

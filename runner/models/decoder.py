@@ -5,8 +5,7 @@ is a sequence of parts (`runner.models.decoder_parts`), each of which can be com
 collectives, attention and the cache between them. `DecoderStage.forward` is that sequence.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
 
 import torch
 from torch import nn
@@ -14,45 +13,16 @@ from torch import nn
 from parallel.collectives import Group, all_reduce
 from parallel.layers import ParallelLMHead, RowParallelLinear, VocabParallelEmbedding
 from parallel.plan import RankPlan, StagePlan
-from runner.compiler.segment import Segment, TensorSpec
 from runner.models.attention import Attention
 from runner.models.batch import Batch
 from runner.models.config import DecoderConfig
 from runner.models.decoder_parts import MLP, QKV, AddMLP, AddQKV, Block, Head, Residual
 from runner.models.norm import make_norm
+from runner.models.part import Execute, Part, Shape
 from runner.models.rope import cos_sin, frequencies
 
 Rotation = tuple[torch.Tensor, ...]
 """cos and sin of every token, each (num_tokens, 1, rotary_dim / 2); empty without rope."""
-
-Execute = Callable[..., tuple[torch.Tensor, ...]]
-"""Runs a part of a stage: called with its name and its activations, returns its outputs."""
-
-Shape = tuple[int, ...]
-
-
-@dataclass(frozen=True)
-class Part:
-    """One call of a stage's sequence.
-
-    Attributes:
-        kind: what it computes, the same in all layers.
-        module: pure; called with the activations alone.
-        activations: the shape of each, without the rows that come first.
-        dtype: of the activations.
-        per_sample: its rows are the step's samples rather than its tokens.
-    """
-
-    kind: str
-    module: nn.Module
-    activations: tuple[Shape, ...]
-    dtype: torch.dtype
-    per_sample: bool = False
-
-    def segment(self, num_rows: int) -> Segment:
-        """The part at a fixed number of rows."""
-        specs = tuple(TensorSpec((num_rows, *shape), self.dtype) for shape in self.activations)
-        return Segment(self.kind, self.module, specs)
 
 
 class DecoderLayer(nn.Module):

@@ -77,7 +77,7 @@ def test_a_bundle_runs_elsewhere_in_a_process_that_can_compile_nothing(
     assert [row[0] for row in rows] == sorted(k for k, n in WHOLE_LAYERS.items() for _ in range(n))
     assert {row[2] for row in rows} == {"eager"}
     assert totals.splitlines()[0].startswith("11 artefacts, 11 built in ")
-    assert totals.splitlines()[1].startswith("parity: passed; largest error ")
+    assert totals.splitlines()[1].startswith("parity: passed; smallest cosine ")
     assert totals.splitlines()[2] == str(out)
 
     moved = out.rename(tmp_path / "moved")

@@ -9,8 +9,7 @@ import pytest
 import rank_jobs
 from dummy_model import make_dummy
 
-from runner.build.compile import stages_of
-from runner.build.worklist import Use, Work, worklist
+from runner.build.worklist import Use, Work, stages_of, worklist
 from runner.planning import Job
 
 BUCKETS = (1, 8, 32)

@@ -63,10 +63,10 @@ def test_a_line_a_segment_then_totals_and_the_comparison() -> None:
     assert lines[7:] == ["/out"]
 
 
-def test_the_worst_unit_is_the_one_farthest_from_its_uncompiled_form() -> None:
+def test_the_worst_unit_is_the_one_that_points_farthest_away() -> None:
     assert parity_line(PASSED) == (
-        "parity: passed; largest error 0.009 against 0.003 uncompiled (layers.1 at 16 tokens), "
-        "smallest cosine 0.999500; top-1 0.992, KL 0.0013 over 128 positions"
+        "parity: passed; smallest cosine of a layer's contribution 0.999500 (layers.1 at 16 "
+        "tokens); top-1 0.992, KL 0.0013 over 128 positions"
     )
 
 

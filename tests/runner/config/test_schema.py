@@ -22,10 +22,23 @@ def test_defaults_are_those_that_the_documentation_promises() -> None:
             "stages": None,
             "device": "auto",
         },
+        "compile": {
+            "backend": "tensorrt",
+            "buckets": None,
+            "enforce_eager": False,
+            "parity": {
+                "max_error_ratio": 4.0,
+                "min_cosine": 0.999,
+                "min_top1": 0.99,
+                "max_kl": 0.02,
+                "num_tokens": 128,
+            },
+        },
         "scheduler": {"max_num_seqs": 32, "max_num_batched_tokens": 8192},
         "kv_cache": {"gpu_memory_utilization": 0.9, "block_size": 16},
         "distributed": {
             "init_timeout_s": 300.0,
+            "build_timeout_s": 7200.0,
             "collective_timeout_s": None,
         },
     }
