@@ -11,6 +11,7 @@ from parallel.errors import ConfigError, IncompatibleError, ParityError
 from runner.bundle.bundle import Bundle
 from runner.bundle.host import Host
 from runner.config.load import load
+from runner.config.schema import RunnerConfig
 from runner.planning import Job
 
 AT_RUN_TIME = (
@@ -57,7 +58,9 @@ def open_job(
         )
     base = dict(bundle.manifest.config)
     base["model"] = {**base["model"], "path": str(bundle.model_folder)}
-    here = _host(base["parallel"]["device"])
+    config = load(None, base=base, overrides=overrides).config
+    _check_num_seqs(config, bundle)
+    here = _host(config, bundle)
     try:
         bundle.check_host(here)
     except IncompatibleError:
@@ -66,11 +69,23 @@ def open_job(
         base["parallel"] = {**base["parallel"], "device": here.device}
         job = Job.from_bundle(bundle, load(None, base=base, overrides=overrides).config)
         return replace(job, on_mismatch=on_mismatch)
-    return Job.from_bundle(bundle, load(None, base=base, overrides=overrides).config)
+    return Job.from_bundle(bundle, config)
 
 
-def _host(device: str) -> Host:
+def _check_num_seqs(config: RunnerConfig, bundle: Bundle) -> None:
+    """Raises ConfigError: more sequences at once than there are artefacts for."""
+    asked, compiled = config.scheduler.max_num_seqs, bundle.manifest.config["scheduler"]
+    if asked > compiled["max_num_seqs"]:
+        raise ConfigError(
+            f"scheduler.max_num_seqs={asked} exceeds the {compiled['max_num_seqs']} that "
+            f"{bundle.path} was compiled for; use fewer, or compile again"
+        )
+
+
+def _host(config: RunnerConfig, bundle: Bundle) -> Host:
     """This host; with its CPU, where the bundle is for a GPU and there is none."""
     import torch
 
-    return Host.current(device if torch.cuda.is_available() else "cpu")
+    if config.parallel.device == "cpu" or not torch.cuda.is_available():
+        return Host.current("cpu")
+    return Host.current(f"cuda:{bundle.plan.devices[0]}")

@@ -5,18 +5,19 @@ and bucket by bucket; every time and every reason is kept.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 
 import torch
 
-from parallel.errors import PreflightError, UnsupportedSegmentError
+from parallel.errors import PreflightError, ShardlineError, UnsupportedSegmentError
 from runner.build.built import Built
 from runner.build.measure import Samples, microseconds
 from runner.build.worklist import Work
 from runner.bundle.builder import BundleBuilder
 from runner.bundle.manifest import Candidate
-from runner.compiler.backend import Backend, artefact_key
+from runner.compiler.backend import Backend, Compiled, artefact_key
 from runner.compiler.segment import Segment
 
 AUTO = ("tensorrt", "inductor", "eager")
@@ -49,22 +50,23 @@ class Chooser:
         """
         started = time.monotonic()
         segment = work.segment
-        program = segment.export(self.device)
+        program = _export(segment, self.device)
         digest = segment.digest(program)
         candidates: list[Candidate] = []
         made = False
         for backend in self.backends:
             try:
-                key = artefact_key(digest, backend)
+                with _refusals():
+                    key = artefact_key(digest, backend)
                 if not self.builder.finished_artefact(key):
                     made = True
-                    with self.builder.artefact(key) as folder:
+                    with self.builder.artefact(key) as folder, _refusals():
                         backend.build(segment, program, folder)
-                candidates.append(Candidate(backend.name, key, None, None, ""))
-            except (PreflightError, UnsupportedSegmentError) as error:
+                candidates.append(Candidate(backend.name, key))
+            except _RefusalError as refusal:
                 if len(self.backends) == 1:
-                    raise
-                candidates.append(Candidate(backend.name, "", None, None, str(error)))
+                    raise refusal.reason from None
+                candidates.append(Candidate(backend.name, "", note=str(refusal.reason)))
         seconds = time.monotonic() - started
         reason = NAMED
         if len(self.backends) > 1:
@@ -91,15 +93,48 @@ class Chooser:
                 found.append(candidate)
                 continue
             folder = self.builder.artefact_folder(candidate.key)
-            run = by_name[candidate.backend].load(folder, segment)
-            ratio = samples.error_ratio(run)
-            passes = ratio <= self.max_error_ratio
-            found.append(
-                replace(
-                    candidate,
-                    microseconds=round(microseconds(run, samples.inputs), 2) if passes else None,
-                    parity=passes,
-                    note="" if passes else f"error {ratio:.1f} times that of eager",
-                )
-            )
+            try:
+                run = by_name[candidate.backend].load(folder, segment)
+                found.append(self._measure(candidate, run, samples))
+            except (ShardlineError, RuntimeError) as error:
+                # Whatever a candidate fails of, the others can still run.
+                found.append(replace(candidate, parity=False, note=str(error).partition("\n")[0]))
         return found
+
+    def _measure(self, candidate: Candidate, run: Compiled, samples: Samples) -> Candidate:
+        ratio = samples.error_ratio(run)
+        passes = ratio <= self.max_error_ratio
+        return replace(
+            candidate,
+            microseconds=round(microseconds(run, samples.inputs), 2) if passes else None,
+            parity=passes,
+            note="" if passes else f"error {ratio:.1f} times that of eager",
+        )
+
+
+class _RefusalError(Exception):
+    """A backend cannot do it; not that the disk is full, for example."""
+
+    def __init__(self, reason: ShardlineError) -> None:
+        super().__init__(str(reason))
+        self.reason = reason
+
+
+@contextmanager
+def _refusals() -> Iterator[None]:
+    """Tell what a backend says of itself from what goes wrong around it."""
+    try:
+        yield
+    except (PreflightError, UnsupportedSegmentError) as error:
+        raise _RefusalError(error) from error
+
+
+def _export(segment: Segment, device: torch.device) -> torch.export.ExportedProgram:
+    """Raises UnsupportedSegmentError: PyTorch cannot trace the segment."""
+    try:
+        return segment.export(device)
+    except Exception as error:
+        raise UnsupportedSegmentError(
+            f"segment {segment.kind} cannot be exported ({type(error).__name__}: {error}); run the "
+            "model without compiling it"
+        ) from error

@@ -15,9 +15,9 @@ from parallel.context import ParallelContext
 from parallel.launch import RankEnv
 from runner.build.built import Built
 from runner.build.choice import AUTO, Chooser
-from runner.build.contents import publish, source_of, write_weights
+from runner.build.contents import publish, share_source, write_weights
 from runner.build.parity import ParityReport, compare
-from runner.build.progress import Progress
+from runner.build.progress import Progress, announce
 from runner.build.sharing import barrier, gather
 from runner.build.worklist import Work, stages_of, worklist
 from runner.bundle import layout
@@ -88,22 +88,30 @@ def compile_on_rank(job: Job, env: RankEnv, target: Target) -> Outcome:
 
 def compile_together(job: Job, context: ParallelContext, target: Target, phase: Phase) -> Outcome:
     """The same with ranks that have met already."""
-    phase.name = "opening the bundle"
-    source = source_of(job)
+    _begin(context, phase, "hashing the checkpoint")
+    source = share_source(job, context.setup)
+    _begin(context, phase, "opening the bundle")
     with _builder(job, context, target) as builder:
-        phase.name = "writing weights"
+        _begin(context, phase, "writing weights")
         write_weights(job, context.rank, builder, source)
-        phase.name = "compiling"
+        _begin(context, phase, "compiling")
         built = _compile(job, context, builder)
         parity = ParityReport(False, "not compared: compiled with --no-run")
         if not target.no_run:
-            phase.name = "comparing with the uncompiled model"
+            _begin(context, phase, "comparing with the uncompiled model")
             parity = _run(job, context, builder, built)
-        phase.name = "publishing the bundle"
+        _begin(context, phase, "publishing the bundle")
         barrier(context.setup)
         if context.rank == 0:
             publish(job, builder, Host.current(str(context.device)), source, built, parity)
     return Outcome(tuple(built), parity)
+
+
+def _begin(context: ParallelContext, phase: Phase, name: str) -> None:
+    """Enter a phase; rank 0 tells of it."""
+    phase.name = name
+    if context.rank == 0:
+        announce(name)
 
 
 @contextmanager

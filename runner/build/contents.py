@@ -1,12 +1,14 @@
 """What goes into a bundle beside its artefacts: weights, the model's files, and the manifest."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from parallel.collectives import Group
 from runner.build.built import Built
 from runner.build.parity import ParityReport
+from runner.build.sharing import gather
 from runner.bundle.builder import BundleBuilder
 from runner.bundle.host import Host
 from runner.bundle.manifest import Manifest
@@ -31,6 +33,23 @@ def source_of(job: Job) -> dict[str, SourceFile]:
     if job.config.model.load_format == "dummy":
         return {}
     return read_source(info.file for info in job.spec.checkpoint.tensors.values())
+
+
+@dataclass(frozen=True)
+class _NamedFile:
+    name: str
+    file: SourceFile
+
+
+def share_source(job: Job, group: Group) -> dict[str, SourceFile]:
+    """The same on every rank of `group`, each of which reads a part of the files."""
+    if job.config.model.load_format == "dummy":
+        return {}
+    files = sorted({info.file for info in job.spec.checkpoint.tensors.values()})
+    mine = read_source(files[group.rank :: group.size])
+    named = [_NamedFile(name, file) for name, file in mine.items()]
+    found = {entry.name: entry.file for entry in gather(_NamedFile, named, group)}
+    return dict(sorted(found.items()))
 
 
 def write_weights(

@@ -45,11 +45,12 @@ class Samples:
         num_bytes = sum(s.empty("meta").nbytes for s in segment.inputs)
         sets = min(_MAX_SETS, 1 + _CACHE_SHARE * _cache_bytes(device) // max(1, num_bytes))
         inputs = tuple(_draw(segment, device, generator) for _ in range(max(2, sets)))
-        wide = torch.float64 if segment.inputs[0].dtype == torch.float32 else torch.float32
+        dtype = next(s.dtype for s in segment.inputs if s.dtype.is_floating_point)
+        wide = torch.float64 if dtype == torch.float32 else torch.float32
         run = segment.function()
-        exact = tuple(run(*(x.to(wide) for x in inputs[0])))
+        exact = tuple(run(*(x.to(wide) if x.is_floating_point() else x for x in inputs[0])))
         eager = error_of(tuple(run(*inputs[0])), exact)
-        floor = 4 * torch.finfo(segment.inputs[0].dtype).eps
+        floor = 4 * torch.finfo(dtype).eps
         return cls(inputs, exact, max(eager, floor))
 
     @torch.inference_mode()
@@ -120,6 +121,9 @@ def _draw(segment: Segment, device: torch.device, generator: torch.Generator) ->
 def _normal(
     spec: TensorSpec, device: torch.device, generator: torch.Generator, std: float
 ) -> torch.Tensor:
+    if not spec.dtype.is_floating_point:
+        # Whatever an index may be, 0 and 1 are in range.
+        return spec.empty(device).random_(0, 2, generator=generator)
     return spec.empty(device).normal_(0.0, std, generator=generator)
 
 

@@ -7,12 +7,13 @@ the same weights uncompiled (`runner.build.whole_parity`).
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
 
+from runner.build.agreement import cosine_of, errors_of, gain_of
 from runner.build.reference import EMBEDDING, HEAD, Reference, Unit
 from runner.build.sharing import barrier, gather
 from runner.build.whole_parity import WholeParity, compare_whole
@@ -40,6 +41,7 @@ class UnitParity:
         cosine: between its contribution and that of the reference, rounding of the residual aside.
         error: largest, relative to the root mean square of the reference.
         eager_error: the same of PyTorch's kernels in the model's dtype, undivided.
+        gain: length along the reference; 1 is right.
     """
 
     name: str
@@ -47,6 +49,7 @@ class UnitParity:
     cosine: float
     error: float
     eager_error: float
+    gain: float
     passed: bool
 
 
@@ -56,7 +59,7 @@ class ParityReport:
 
     Attributes:
         passed: false where nothing was compared, too.
-        reason: what failed first, or why nothing was compared; empty if all is well.
+        reason: what failed first, or why something was not compared; empty if all is well.
     """
 
     passed: bool
@@ -73,22 +76,28 @@ class Step:
     """One recorded step.
 
     Attributes:
-        states: hidden states before the first layer and after each, (num_tokens, hidden), on the
-            CPU.
+        states: those hidden states that this rank needs, (num_tokens, hidden), on the CPU: 0 is
+            before the first layer of the stage, 1 after it.
         logits: (num_samples, vocab_size) on the last stage.
     """
 
     inputs: StepInputs
-    states: tuple[torch.Tensor, ...]
+    states: Mapping[int, torch.Tensor]
     logits: torch.Tensor | None
 
 
 class Recorder:
-    """Executes a stage's parts and keeps the hidden states between its layers."""
+    """Executes a stage's parts and keeps hidden states between its layers."""
 
-    def __init__(self, execute: Execute) -> None:
+    def __init__(self, execute: Execute, wanted: Collection[int]) -> None:
+        """
+        Args:
+            wanted: which states: 0 is before the first layer, 1 after it.
+        """
         self._execute = execute
-        self.states: list[torch.Tensor] = []
+        self._wanted = wanted
+        self._next = 0
+        self.states: dict[int, torch.Tensor] = {}
 
     def __call__(self, name: str, *activations: torch.Tensor) -> tuple[torch.Tensor, ...]:
         outputs = self._execute(name, *activations)
@@ -99,8 +108,10 @@ class Recorder:
         return outputs
 
     def _keep(self, state: torch.Tensor) -> None:
-        # A copy: a carry comes in the same memory in every step.
-        self.states.append(state.to("cpu", copy=True))
+        if self._next in self._wanted:
+            # A copy: a carry comes in the same memory in every step.
+            self.states[self._next] = state.to("cpu", copy=True)
+        self._next += 1
 
 
 def compare(job: Job, runner: StageRunner) -> ParityReport:
@@ -117,14 +128,17 @@ def compare(job: Job, runner: StageRunner) -> ParityReport:
     # Loading takes some ranks longer than a step may.
     barrier(context.setup)
     units: list[UnitParity] = []
-    if job.config.model.load_format != "dummy" or context.tp.size == 1:
-        steps = [_record(runner, step, block_size) for step in sequences]
+    has_reference = job.config.model.load_format != "dummy" or max(job.plan.tp_sizes) == 1
+    if has_reference:
+        limit = job.config.scheduler.max_num_seqs
+        steps = [_record(runner, step, block_size, limit) for step in sequences]
         units = list(_units(job, runner, steps, bounds))
     units = sorted(gather(UnitParity, units, context.setup), key=_place)
     whole = compare_whole(job, runner, bounds)
     failed = next((unit for unit in units if not unit.passed), None)
-    reason = _complaint(failed) if failed else "" if whole.passed else whole.complaint()
-    return ParityReport(not reason, reason, tuple(units), whole)
+    fault = _complaint(failed) if failed else "" if whole.passed else whole.complaint()
+    note = "" if has_reference else "layers not compared: random weights differ from cut to cut"
+    return ParityReport(not fault, fault or note, tuple(units), whole)
 
 
 def _place(unit: UnitParity) -> tuple[float, int]:
@@ -142,23 +156,55 @@ def _sequences(job: Job, num_tokens: int) -> list[list[int]]:
     return [ids[start : start + longest] for start in range(0, num_tokens, longest)]
 
 
-def _record(runner: StageRunner, prompts: Sequence[Sequence[int]], block_size: int) -> Step:
-    """Run one step of all prompts on all stages."""
+def _record(
+    runner: StageRunner, prompts: Sequence[Sequence[int]], block_size: int, max_num_seqs: int
+) -> Step:
+    """Run one step of all prompts on all stages; no more than `max_num_seqs` of them to the end."""
     scheduled, first = [], 0
     for index, prompt in enumerate(prompts):
-        sequence = TokenSequence.of(Request(index, tuple(prompt), 1))
+        more = [0] if index >= max_num_seqs else []
+        sequence = TokenSequence.of(Request(index, (*prompt, *more), 1))
         count = -(-len(prompt) // block_size)
         sequence.blocks = list(range(first, first + count))
         first += count
         scheduled.append(Scheduled(sequence, len(prompt)))
     inputs = lay_out(scheduled, block_size, runner.padding)
     assert runner.execute is not None
-    compiled, recorder = runner.execute, Recorder(runner.execute)
+    compiled, recorder = runner.execute, Recorder(runner.execute, _states_of(runner))
     runner.execute = recorder
     output = runner.run(inputs)
     runner.execute = compiled
     logits = None if output is None else output.logits.to("cpu", copy=True)
-    return Step(inputs, tuple(recorder.states), logits)
+    return Step(inputs, recorder.states, logits)
+
+
+def _names(runner: StageRunner) -> list[str]:
+    """The units of a stage that this rank judges."""
+    stage, tp = runner.stage, runner.context.tp
+    names = [f"layers.{index}" for index in stage.layer_indices]
+    names = [EMBEDDING] * (stage.embed_tokens is not None) + names
+    names += [HEAD] * (stage.lm_head is not None)
+    return names[tp.rank :: tp.size]
+
+
+def _states_of(runner: StageRunner) -> set[int]:
+    """The states that go into these units, and that come out."""
+    wanted: set[int] = set()
+    for name in _names(runner):
+        before, after = _places(name, runner)
+        wanted |= {place for place in (before, after) if place is not None}
+    return wanted
+
+
+def _places(name: str, runner: StageRunner) -> tuple[int | None, int | None]:
+    """Which state goes into a unit, and which comes out; None: none."""
+    layers = runner.stage.layer_indices
+    if name == EMBEDDING:
+        return None, 0
+    if name == HEAD:
+        return len(layers), None
+    place = int(name.partition(".")[2]) - layers.start
+    return place, place + 1
 
 
 def _units(
@@ -167,11 +213,8 @@ def _units(
     """This rank's share of its stage's units."""
     context = runner.context
     reference = Reference.of(job, context.device)
-    stage, narrow = runner.stage, runner.stage.dtype
-    names = [f"layers.{index}" for index in stage.layer_indices]
-    names = [EMBEDDING] * (stage.embed_tokens is not None) + names
-    names += [HEAD] * (stage.lm_head is not None)
-    for name in names[context.tp.rank :: context.tp.size]:
+    narrow = runner.stage.dtype
+    for name in _names(runner):
         weights = reference.weights(name)
         exact = reference.unit(name, weights, _WIDE[narrow])
         eager = reference.unit(name, weights, narrow)
@@ -202,41 +245,22 @@ def _judge(
     error, beyond = errors_of(found, wanted, rounding=eps * stored)
     eager_error, _ = errors_of(plain, wanted, rounding=eps * stored)
     cosine = cosine_of(found, wanted, rounding=eps * stored)
+    gain, eager_gain = (gain_of(y, wanted, rounding=eps * stored) for y in (found, plain))
     # Written so that a number that is none fails.
     passed = cosine >= bounds.min_cosine
     passed = passed and beyond <= max(bounds.max_error_ratio * eager_error, _FLOOR * eps)
+    passed = passed and abs(gain - 1) <= max(
+        bounds.max_gain_error, bounds.max_error_ratio * abs(eager_gain - 1)
+    )
     return UnitParity(
         name,
         step.inputs.num_rows,
         cosine=_known(cosine),
         error=_known(error),
         eager_error=_known(eager_error),
+        gain=_known(gain),
         passed=passed,
     )
-
-
-def errors_of(
-    found: torch.Tensor, wanted: torch.Tensor, *, rounding: torch.Tensor
-) -> tuple[float, float]:
-    """The largest error of any element, relative to the root mean square of `wanted`.
-
-    Args:
-        rounding: what each element may be off because of the state that it is added to. Some
-            models have a few states that are thousands of times larger than what a layer adds;
-            how well these happen to be rounded says nothing.
-
-    Returns:
-        The error, and the error beyond the rounding.
-    """
-    scale = wanted.pow(2).mean().sqrt().clamp_min(torch.finfo(wanted.dtype).tiny)
-    off = (found - wanted).abs()
-    return (off.max() / scale).item(), ((off - rounding).max() / scale).item()
-
-
-def cosine_of(found: torch.Tensor, wanted: torch.Tensor, *, rounding: torch.Tensor) -> float:
-    """The cosine of all elements together, where those within `rounding` count as right."""
-    settled = torch.where((found - wanted).abs() <= rounding, wanted, found)
-    return torch.cosine_similarity(settled.flatten(), wanted.flatten(), dim=0).item()
 
 
 def _known(number: float) -> float:
@@ -246,18 +270,15 @@ def _known(number: float) -> float:
 
 def _ends(name: str, runner: StageRunner, step: Step) -> tuple[torch.Tensor | None, torch.Tensor]:
     """What went into a unit of this stage, and what came out."""
-    if name == EMBEDDING:
-        return None, step.states[0]
-    if name == HEAD:
-        assert step.logits is not None
-        return step.states[-1], step.logits
-    place = int(name.partition(".")[2]) - runner.stage.layer_indices.start
-    return step.states[place], step.states[place + 1]
+    before, after = _places(name, runner)
+    result = step.logits if after is None else step.states[after]
+    assert result is not None, "only the last stage has a head"
+    return None if before is None else step.states[before], result
 
 
 def _complaint(unit: UnitParity) -> str:
     return (
         f"{unit.name} at {unit.num_tokens} tokens does not compute what the model computes: cosine "
-        f"{unit.cosine:.6f}, error {unit.error:.3g} where the uncompiled layer has "
-        f"{unit.eager_error:.3g}"
+        f"{unit.cosine:.6f}, gain {unit.gain:.4f}, error {unit.error:.3g} where the uncompiled "
+        f"layer has {unit.eager_error:.3g}"
     )

@@ -49,3 +49,9 @@ class Progress:
             }
             line = json.dumps(values)
         print(line, file=self._stream, flush=True)
+
+
+def announce(phase: str, stream: TextIO = sys.stderr) -> None:
+    """Tell what begins now."""
+    line = phase if stream.isatty() else json.dumps({"event": "phase", "phase": phase})
+    print(line, file=stream, flush=True)

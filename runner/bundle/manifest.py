@@ -77,9 +77,9 @@ class Candidate:
 
     backend: str
     key: str
-    microseconds: float | None
-    parity: bool | None
-    note: str
+    microseconds: float | None = None
+    parity: bool | None = None
+    note: str = ""
 
 
 @dataclass(frozen=True)

@@ -51,6 +51,7 @@ def compile_model(
     `--set compile.backend=auto`. Starts its own ranks, or joins those that torchrun started;
     `--target` compiles all parts in one process and needs no GPU.
     """
+    from runner.bundle.layout import MANIFEST
     from runner.bundle.replacement import check_target
     from runner.cli.compile_text import summary
     from runner.planning import Job
@@ -59,6 +60,9 @@ def compile_model(
         _check_may_target(target, loaded.config, no_run=no_run)
     job = Job.prepare(loaded.config)
     check_target(output.resolve(), overwrite=overwrite)
+    for bundle in reuse_from or ():
+        if not (bundle / MANIFEST).is_file():
+            raise ConfigError(f"--reuse-from {bundle}: no bundle is there; give the folder of one")
     if target is None:
         _check_can_build(job)
 

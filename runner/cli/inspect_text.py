@@ -99,7 +99,7 @@ def _parity(parity: dict[str, Any]) -> str:
     details = [
         f"{name} {value}"
         for name, value in sorted(parity.items())
-        if name != "passed" and not isinstance(value, dict | list)
+        if name != "passed" and value and not isinstance(value, dict | list)
     ]
     return ", ".join([f"Parity: {'passed' if parity['passed'] else 'FAILED'}", *details])
 

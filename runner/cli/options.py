@@ -101,6 +101,8 @@ def _job_options(
     """
     from runner.planning import Job
 
+    if bundle is None and (accept_parity or on_mismatch is not OnMismatch.FAIL):
+        raise ConfigError("--accept-parity and --on-mismatch are about a bundle; give --bundle DIR")
     if bundle is None:
         return Job.prepare(_model_options(**model).config)
     if given := [name for name, value in model.items() if value and name != "overrides"]:

@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,15 @@ class InductorBackend:
         """
         if self._fault:
             raise PreflightError(self._fault)
-        with tempfile.TemporaryDirectory() as work, counted("inductor"):
+        with (
+            tempfile.TemporaryDirectory() as work,
+            counted("inductor"),
+            warnings.catch_warnings(),
+        ):
             made = Path(work, LIBRARY)
             try:
+                # PyTorch's own code uses what it deprecates.
+                warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
                 inputs, _ = program.example_inputs
                 options = self._options(segment.activations[0].shape[0])
                 options["aot_inductor.output_path"] = str(made)

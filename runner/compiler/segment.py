@@ -8,6 +8,7 @@ artefact. How an artefact is made of it is `runner.compiler.backend`.
 
 import hashlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -39,8 +40,8 @@ class Segment:
 
     Attributes:
         kind: what it computes, such as "mlp"; for people, not part of its identity.
-        module: called with the activations alone; its parameters are the weights, which may be on
-            the meta device. It returns a tensor or a tuple of tensors.
+        module: called with the activations alone; its parameters and buffers are the weights,
+            which may be on the meta device. It returns a tensor or a tuple of tensors.
         activations: what it is called with.
     """
 
@@ -50,8 +51,8 @@ class Segment:
 
     @property
     def weights(self) -> dict[str, TensorSpec]:
-        """Its parameters by name, in the order in which they are passed."""
-        return {name: TensorSpec.of(p) for name, p in self.module.named_parameters()}
+        """Its parameters and buffers by name, in the order in which they are passed."""
+        return {name: TensorSpec.of(tensor) for name, tensor in named_tensors(self.module)}
 
     @property
     def inputs(self) -> tuple[TensorSpec, ...]:
@@ -88,6 +89,12 @@ class Segment:
         return digest.hexdigest()
 
 
+def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    """What a module holds: its parameters, then its buffers."""
+    yield from module.named_parameters()
+    yield from module.named_buffers()
+
+
 class _Function(nn.Module):
     """A module as a function of activations and weights; it owns no parameters itself."""
 
@@ -95,7 +102,7 @@ class _Function(nn.Module):
         super().__init__()
         # In a tuple, or torch would register it and export its parameters as state.
         self._hidden = (module,)
-        self._names = tuple(name for name, _ in module.named_parameters())
+        self._names = tuple(name for name, _ in named_tensors(module))
         self._num_activations = num_activations
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -169,6 +169,9 @@ class ParityConfig(Section):
     min_cosine: Annotated[float, Field(gt=0, le=1)] = 0.999
     """Smallest cosine between a layer's contribution and that of the original in full precision."""
 
+    max_gain_error: Annotated[float, Field(gt=0)] = 0.02
+    """Largest relative difference in size between a layer's contribution and the original's."""
+
     min_top1: Annotated[float, Field(ge=0, le=1)] = 0.99
     """Smallest share of positions at which the likeliest token is that of the uncompiled model."""
 

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from runner.compiler.backend import Compiled
+from runner.compiler.segment import named_tensors
 from runner.models.decoder import DecoderStage
 
 Artefacts = Mapping[str, Mapping[int, Compiled]]
@@ -17,7 +18,7 @@ class CompiledStage:
     def __init__(self, stage: DecoderStage, artefacts: Artefacts) -> None:
         self._artefacts = {name: artefacts[part.kind] for name, part in stage.parts.items()}
         self._weights = {
-            name: tuple(p.data for p in part.module.parameters())
+            name: tuple(tensor.data for _, tensor in named_tensors(part.module))
             for name, part in stage.parts.items()
         }
 

@@ -76,7 +76,9 @@ def run_rank(job: Job, env: RankEnv, front: Front | None) -> None:
         ShardlineError: see `as_rank`.
     """
     with as_rank(job, env) as phase:
-        context = join(job, env, phase)
+        rebuilds = job.on_mismatch == "rebuild"
+        patience_s = job.config.distributed.build_timeout_s if rebuilds else None
+        context = join(job, env, phase, setup_timeout_s=patience_s)
         if context.device.type == "cuda":
             watch_triton()
         phase.name = "loading weights"

@@ -143,6 +143,11 @@ def compiling(*more: str, **settings: Any) -> Callable[[Path, Path], list[str]]:
     return make
 
 
+def _reusing_nothing(model: Path, out: Path) -> list[str]:
+    nowhere = str(out.with_name("nowhere"))
+    return [*build_jobs.arguments(model, out, [1], SETTINGS), "--reuse-from", nowhere]
+
+
 def _in_a_taken_place(model: Path, out: Path) -> list[str]:
     out.mkdir()
     (out / "a file").touch()
@@ -161,8 +166,9 @@ TENSORRT_ON_A_CPU = compiling(**{"compile.backend": "tensorrt"})
         (BUCKETS_TOO_SMALL, 2, ["compile.buckets", "8", "max_num_batched_tokens=16"]),
         (UNKNOWN_BACKEND, 2, ["compile.backend", "tensort", "tensorrt, inductor, eager or auto"]),
         (TENSORRT_ON_A_CPU, 3, ["tensorrt", "compile.backend=inductor or eager", "--target"]),
+        (_reusing_nothing, 2, ["--reuse-from", "nowhere", "no bundle is there"]),
     ],
-    ids=["taken", "buckets", "backend", "tensorrt"],
+    ids=["taken", "buckets", "backend", "tensorrt", "reuse"],
 )
 def test_a_mistake_is_found_before_any_rank_starts(
     make: Callable[[Path, Path], list[str]],
@@ -198,6 +204,7 @@ def test_inductor_without_a_compiler(model: Path, tmp_path: Path) -> None:
         (("--model", "/models/a"), 2, ["--model", "--bundle", "compile again"]),
         (("--dtype", "float16"), 2, ["--dtype", "--bundle"]),
         (("--set", "model.dtype=float16"), 2, ["--set model.dtype", "scheduler.max_num_seqs"]),
+        (("--set", "scheduler.max_num_seqs=4"), 2, ["max_num_seqs=4", "exceeds the 3"]),
         ((), 4, ["is no bundle", "shardline compile"]),
     ],
     ids=lambda value: value[0] if isinstance(value, tuple) and value else "",
@@ -211,6 +218,22 @@ def test_what_does_not_go_with_a_bundle(
     done = CliRunner().invoke(app, ["generate", "--bundle", str(bundle), *ASKED, *more])
     assert getattr(done.exception, "exit_code", None) == exit_code, done.exception
     assert [word for word in words if word not in str(done.exception)] == [], done.exception
+
+
+@pytest.mark.parametrize("option", [["--accept-parity"], ["--on-mismatch", "eager"]])
+def test_what_is_about_a_bundle_needs_one(option: list[str], model: Path) -> None:
+    done = CliRunner().invoke(app, ["generate", "--model", str(model), *ASKED, *option])
+    assert getattr(done.exception, "exit_code", None) == 2
+    assert "give --bundle DIR" in str(done.exception)
+
+
+def test_steps_of_more_sequences_than_run_at_once_are_compared_all_the_same(
+    model: Path, tmp_path: Path
+) -> None:
+    """16 tokens of a model of length 4 are four prompts, and the head is made for three."""
+    settings = SETTINGS | {"model.max_model_len": 4, "compile.parity.num_tokens": 4}
+    outcome = build_jobs.build_here(model, tmp_path / "out", settings)
+    assert outcome.parity.passed, outcome.parity.reason
 
 
 def test_the_bundle_is_not_touched_by_a_compile_that_may_not_replace_it(

@@ -111,3 +111,19 @@ def test_an_artefact_that_is_a_little_wrong_at_one_bucket(
     assert failed(report) == {(name, 24) for name in last_of_stages}
     assert "layers.2" in last_of_stages
     assert " at 24 tokens " in report.reason
+
+
+@pytest.mark.parametrize("layer", [pytest.param(3, marks=pytest.mark.full), 15, 25])
+def test_a_scaled_weight_of_a_real_model_in_bfloat16(
+    layer: int, rank_pool: RankPool, smollm2: Path, tmp_path: Path
+) -> None:
+    """Late layers add little to what bfloat16 rounds, and some states are thousands of times larger
+    than what is added to them; one token alone may tell too little.
+    """
+    settings = SETTINGS | {"model.dtype": "bfloat16", "model.max_model_len": 128}
+    plant = build_jobs.scale(f"layers.{layer}.mlp.down_proj.weight", 1.1)
+    arguments = (str(smollm2), tmp_path / "out", settings, plant)
+    report = rank_pool.run(build_jobs.build, [1], *arguments)[0].parity
+    found = failed(report)
+    assert (f"layers.{layer}", 24) in found
+    assert found <= at_all_buckets(f"layers.{layer}")

@@ -40,9 +40,9 @@ KEPT = replace(
 )
 SAME = replace(MEASURED, kind="twin", seconds=0.0, uses=(Use(1, "twin", 16),))
 UNITS = (
-    UnitParity("layers.0", 1, 0.999999, 0.004, 0.004, True),
-    UnitParity("layers.1", 16, 0.9995, 0.009, 0.003, True),
-    UnitParity("head", 16, 0.9998, 0.02, 0.02, True),
+    UnitParity("layers.0", 1, 0.999999, 0.004, 0.004, 1.0, True),
+    UnitParity("layers.1", 16, 0.9995, 0.009, 0.003, 1.0, True),
+    UnitParity("head", 16, 0.9998, 0.02, 0.02, 1.0, True),
 )
 PASSED = ParityReport(True, "", UNITS, WholeParity(128, 0.9921875, 0.00125, True))
 

@@ -108,6 +108,14 @@ def test_every_segment_is_one_engine(name: str, errors: dict[str, list[str]]) ->
     assert errors[name] == []
 
 
+def test_one_family_in_both_half_precisions_at_both_buckets(
+    checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What the quick cases leave out, for one family; `full` does it for all."""
+    rest = [case for case in OTHER_CASES if case.dtype is not torch.float32]
+    assert build({"llama": checkpoint("llama")}, rest, tmp_path) == {"llama": []}
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_segment_in_every_dtype_at_both_buckets(

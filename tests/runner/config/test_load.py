@@ -87,6 +87,7 @@ def test_origins_cover_every_key_in_the_order_of_the_schema() -> None:
         "compile.enforce_eager": "default",
         "compile.parity.max_error_ratio": "default",
         "compile.parity.min_cosine": "default",
+        "compile.parity.max_gain_error": "default",
         "compile.parity.min_top1": "default",
         "compile.parity.max_kl": "default",
         "compile.parity.num_tokens": "default",

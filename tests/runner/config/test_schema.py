@@ -29,6 +29,7 @@ def test_defaults_are_those_that_the_documentation_promises() -> None:
             "parity": {
                 "max_error_ratio": 4.0,
                 "min_cosine": 0.999,
+                "max_gain_error": 0.02,
                 "min_top1": 0.99,
                 "max_kl": 0.02,
                 "num_tokens": 128,

@@ -39,6 +39,7 @@ def test_each_value_stands_in_one_aligned_line_with_its_origin() -> None:
         "compile.enforce_eager                   false              default",
         "compile.parity.max_error_ratio          4.0                default",
         "compile.parity.min_cosine               0.999              default",
+        "compile.parity.max_gain_error           0.02               default",
         "compile.parity.min_top1                 0.99               default",
         "compile.parity.max_kl                   0.02               default",
         "compile.parity.num_tokens               128                default",
