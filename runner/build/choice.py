@@ -50,7 +50,7 @@ class Chooser:
         """
         started = time.monotonic()
         segment = work.segment
-        program = _export(segment, self.device)
+        program = segment.export(self.device)
         digest = segment.digest(program)
         candidates: list[Candidate] = []
         made = False
@@ -127,14 +127,3 @@ def _refusals() -> Iterator[None]:
         yield
     except (PreflightError, UnsupportedSegmentError) as error:
         raise _RefusalError(error) from error
-
-
-def _export(segment: Segment, device: torch.device) -> torch.export.ExportedProgram:
-    """Raises UnsupportedSegmentError: PyTorch cannot trace the segment."""
-    try:
-        return segment.export(device)
-    except Exception as error:
-        raise UnsupportedSegmentError(
-            f"segment {segment.kind} cannot be exported ({type(error).__name__}: {error}); run the "
-            "model without compiling it"
-        ) from error

@@ -34,7 +34,7 @@ from runner.planning import Job
 
 
 @dataclass(frozen=True)
-class Target:
+class Destination:
     """Where a bundle goes.
 
     Attributes:
@@ -70,7 +70,7 @@ class Outcome:
         return asdict(self)
 
 
-def compile_on_rank(job: Job, env: RankEnv, target: Target) -> Outcome:
+def compile_on_rank(job: Job, env: RankEnv, destination: Destination) -> Outcome:
     """Compile this rank's part of a job.
 
     A bundle that does not compute what the model computes is written all the same, and says so.
@@ -81,23 +81,25 @@ def compile_on_rank(job: Job, env: RankEnv, target: Target) -> Outcome:
     with as_rank(job, env) as phase:
         patience_s = job.config.distributed.build_timeout_s
         context = join(job, env, phase, setup_timeout_s=patience_s)
-        outcome = compile_together(job, context, target, phase)
+        outcome = compile_together(job, context, destination, phase)
         context.close()
     return outcome
 
 
-def compile_together(job: Job, context: ParallelContext, target: Target, phase: Phase) -> Outcome:
+def compile_together(
+    job: Job, context: ParallelContext, destination: Destination, phase: Phase
+) -> Outcome:
     """The same with ranks that have met already."""
     _begin(context, phase, "hashing the checkpoint")
     source = share_source(job, context.setup)
     _begin(context, phase, "opening the bundle")
-    with _builder(job, context, target) as builder:
+    with _builder(job, context, destination) as builder:
         _begin(context, phase, "writing weights")
         write_weights(job, context.rank, builder, source)
         _begin(context, phase, "compiling")
         built = _compile(job, context, builder)
         parity = ParityReport(False, "not compared: compiled with --no-run")
-        if not target.no_run:
+        if not destination.no_run:
             _begin(context, phase, "comparing with the uncompiled model")
             parity = _run(job, context, builder, built)
         _begin(context, phase, "publishing the bundle")
@@ -115,13 +117,15 @@ def _begin(context: ParallelContext, phase: Phase, name: str) -> None:
 
 
 @contextmanager
-def _builder(job: Job, context: ParallelContext, target: Target) -> Iterator[BundleBuilder]:
+def _builder(
+    job: Job, context: ParallelContext, destination: Destination
+) -> Iterator[BundleBuilder]:
     """Rank 0 leads, the others join when it has begun."""
     if context.rank != 0:
         barrier(context.setup)
-        yield BundleBuilder(target.path, job.plan, reuse_from=target.reuse_from)
+        yield BundleBuilder(destination.path, job.plan, reuse_from=destination.reuse_from)
         return
-    with target.lead(job) as builder:
+    with destination.lead(job) as builder:
         barrier(context.setup)
         yield builder
 

@@ -9,14 +9,15 @@ from typing import TextIO
 class Progress:
     """One rank's account of its share."""
 
-    def __init__(self, rank: int, total: int, stream: TextIO = sys.stderr) -> None:
+    def __init__(self, rank: int, total: int, stream: TextIO | None = None) -> None:
         """
         Args:
             total: segments that this rank builds.
+            stream: None: standard error.
         """
         self._rank = rank
         self._total = total
-        self._stream = stream
+        self._stream = stream or sys.stderr
         self._done = 0
         self._started = time.monotonic()
 
@@ -51,7 +52,7 @@ class Progress:
         print(line, file=self._stream, flush=True)
 
 
-def announce(phase: str, stream: TextIO = sys.stderr) -> None:
-    """Tell what begins now."""
-    line = phase if stream.isatty() else json.dumps({"event": "phase", "phase": phase})
-    print(line, file=stream, flush=True)
+def announce(phase: str) -> None:
+    """Tell on standard error what begins now."""
+    line = phase if sys.stderr.isatty() else json.dumps({"event": "phase", "phase": phase})
+    print(line, file=sys.stderr, flush=True)

@@ -15,7 +15,7 @@ import torch
 
 from runner.build.built import Built
 from runner.build.choice import NAMED
-from runner.build.compile import Outcome, Target
+from runner.build.compile import Destination, Outcome
 from runner.build.contents import publish, source_of, write_weights
 from runner.build.parity import ParityReport
 from runner.build.progress import Progress
@@ -40,7 +40,7 @@ class Order:
     key: str
 
 
-def compile_for_target(job: Job, target: Target, gpu: str) -> Outcome:
+def compile_for_target(job: Job, destination: Destination, gpu: str) -> Outcome:
     """Compile all parts of a job into a bundle that says that it was not compared.
 
     Args:
@@ -57,7 +57,7 @@ def compile_for_target(job: Job, target: Target, gpu: str) -> Outcome:
     backend.fingerprint()
     source = source_of(job)
     parity = ParityReport(False, f"not compared: built for {gpu} without a device")
-    with target.lead(job) as builder:
+    with destination.lead(job) as builder:
         for rank_plan in job.plan.ranks:
             write_weights(job, rank_plan.rank, builder, source)
         built = _build(job, builder, backend)

@@ -72,9 +72,9 @@ def compile_model(
             raise ParityError(f"{output}: {outcome.parity.reason}")
 
     def run(env: "RankEnv") -> None:
-        from runner.build.compile import Target, compile_on_rank
+        from runner.build.compile import Destination, compile_on_rank
 
-        goal = Target(output, overwrite, tuple(reuse_from or ()), no_run)
+        goal = Destination(output, overwrite, tuple(reuse_from or ()), no_run)
         outcome = compile_on_rank(job, env, goal)
         if env.rank == 0:
             show(outcome)
@@ -82,10 +82,10 @@ def compile_model(
     if target is None:
         on_ranks(job.plan.topology, run)
         return
-    from runner.build.compile import Target
+    from runner.build.compile import Destination
     from runner.build.target import compile_for_target
 
-    show(compile_for_target(job, Target(output, overwrite, tuple(reuse_from or ())), target))
+    show(compile_for_target(job, Destination(output, overwrite, tuple(reuse_from or ())), target))
 
 
 def _check_may_target(target: str, config: "RunnerConfig", *, no_run: bool) -> None:

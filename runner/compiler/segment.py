@@ -15,6 +15,8 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from parallel.errors import UnsupportedSegmentError
+
 
 @dataclass(frozen=True)
 class TensorSpec:
@@ -65,11 +67,17 @@ class Segment:
         Takes no memory: the inputs are traced as fake tensors.
 
         Raises:
-            Exception: whatever `torch.export` raises for a module that it cannot trace.
+            UnsupportedSegmentError: PyTorch cannot trace the module.
         """
-        with FakeTensorMode(), torch.no_grad():
-            inputs = tuple(spec.empty(device) for spec in self.inputs)
-            return torch.export.export(self.function(), inputs, strict=False)
+        try:
+            with FakeTensorMode(), torch.no_grad():
+                inputs = tuple(spec.empty(device) for spec in self.inputs)
+                return torch.export.export(self.function(), inputs, strict=False)
+        except Exception as error:
+            raise UnsupportedSegmentError(
+                f"segment {self.kind} cannot be exported ({type(error).__name__}: {error}); run "
+                "the model without compiling it"
+            ) from error
 
     def function(self) -> nn.Module:
         """The segment as PyTorch runs it: inputs in, a tuple of outputs out; holds no weights."""

@@ -11,7 +11,7 @@ import torch
 from parallel.context import ParallelContext
 from parallel.launch import RankEnv
 from parallel.topology import Topology
-from runner.build.compile import Target, compile_on_rank
+from runner.build.compile import Destination, compile_on_rank
 from runner.bundle.bundle import Bundle
 from runner.bundled import open_job
 from runner.compiler.backends import Backends
@@ -30,7 +30,7 @@ def compile_here(
 ) -> Bundle:
     settings = SIZES | {"parallel.device": device, "compile.backend": backend}
     job = rank_jobs.prepare(str(checkpoint(name)), [1], settings)
-    compile_on_rank(job, RankEnv(0, 1), Target(out))
+    compile_on_rank(job, RankEnv(0, 1), Destination(out))
     return Bundle.open(out)
 
 

@@ -10,9 +10,13 @@ import torch
 from parallel.context import ParallelContext
 from parallel.launch import RankEnv
 from parallel.topology import Topology
-from runner.build.compile import Target, compile_on_rank
+from runner.build.compile import Destination, compile_on_rank
 from runner.bundled import open_job
 from runner.compiler.counter import count_compilations
+from runner.engine.completion import make_requests
+from runner.engine.loading import load_stage
+from runner.engine.rank import make_engine
+from runner.engine.request import SamplingParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -58,7 +62,7 @@ def test_a_bundle_gives_the_tokens_of_the_uncompiled_model(
         "compile.buckets": [4, 32],
     }
     job = rank_jobs.prepare(str(checkpoint(name)), [1], settings)
-    outcome = compile_on_rank(job, RankEnv(0, 1), Target(tmp_path / "bundle"))
+    outcome = compile_on_rank(job, RankEnv(0, 1), Destination(tmp_path / "bundle"))
     assert outcome.parity.passed, outcome.parity
     bundled = open_job(tmp_path / "bundle")
     cuda = open_context("cuda")
@@ -70,3 +74,27 @@ def test_a_bundle_gives_the_tokens_of_the_uncompiled_model(
     if dtype == "float32":
         assert got == rank_jobs.complete_job(cuda, job, PROMPTS, 12, GREEDY)
     torch.cuda.synchronize()
+
+
+def test_captured_steps_allocate_nothing(checkpoint: Callable[[str], Path]) -> None:
+    """Once every sequence decodes, each step runs in the memory that its graph was captured in."""
+    settings = SIZES | {"parallel.device": "cuda"}
+    job = rank_jobs.prepare(str(checkpoint("llama")), [1], settings)
+    stage_runner = load_stage(job, open_context("cuda"))
+    requests = make_requests(
+        PROMPTS,
+        vocab_size=job.spec.config.vocab_size,
+        max_model_len=job.plan.max_model_len,
+        max_tokens=30,
+        sampling=[SamplingParams()] * len(PROMPTS),
+        stop_token_ids=frozenset(),
+    )
+    front = rank_jobs.ListFront(requests)
+    engine = make_engine(job, stage_runner, front)
+    engine.admit(front.next())
+    for _ in range(5):
+        engine.step()
+    before = torch.cuda.memory_stats()["allocation.all.allocated"]
+    for _ in range(10):
+        engine.step()
+    assert torch.cuda.memory_stats()["allocation.all.allocated"] == before

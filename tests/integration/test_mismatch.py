@@ -16,7 +16,7 @@ from typer.testing import CliRunner, Result
 
 from parallel.errors import IncompatibleError, PreflightError
 from parallel.launch import RankEnv
-from runner.build.compile import Target, compile_on_rank
+from runner.build.compile import Destination, compile_on_rank
 from runner.cli.app import app
 from runner.compiler.counter import compilations
 from runner.text.tokenizer import Tokenizer
@@ -44,7 +44,7 @@ def made(tmp_path_factory: pytest.TempPathFactory) -> Made:
     model = make_checkpoint("llama", folder / "model", vocab_size=259, num_hidden_layers=1)
     add_tokenizer(model)
     job = rank_jobs.prepare(str(model), [1], SETTINGS)
-    compile_on_rank(job, RankEnv(0, 1), Target(folder / "bundle", no_run=True))
+    compile_on_rank(job, RankEnv(0, 1), Destination(folder / "bundle", no_run=True))
     prompt_ids = Tokenizer.load(model).encode(PROMPT)
     token_ids = reference_greedy(load_reference(model), prompt_ids, NUM_TOKENS)
     return Made(folder / "bundle", token_ids)

@@ -14,7 +14,7 @@ from parallel.context import ParallelContext
 from parallel.launch import RankEnv
 from parallel.topology import Topology
 from runner.build import compile as rank_compile
-from runner.build.compile import Outcome, Target, compile_together
+from runner.build.compile import Destination, Outcome, compile_together
 from runner.bundle.weights_file import read_weights
 from runner.compiler.backend import Compiled
 from runner.compiler.eager import EagerBackend
@@ -39,13 +39,13 @@ def build(
     Args:
         settings: as for `rank_jobs.prepare`.
         plant: its fault is there for as long as this takes.
-        options: of `Target`.
+        options: of `Destination`.
     """
     job = rank_jobs.prepare(model, list(context.topology.tp_sizes), settings)
     with pytest.MonkeyPatch.context() as patch:
         if plant:
             plant(patch, context.rank)
-        return compile_together(job, context, Target(out, **options or {}), Phase())
+        return compile_together(job, context, Destination(out, **options or {}), Phase())
 
 
 def build_here(model: Path, out: Path, settings: dict[str, Any], **options: Any) -> Outcome:
