@@ -62,6 +62,11 @@ class Job:
         return cls(config, spec, bundle.plan, bundle)
 
     @property
+    def has_random_weights(self) -> bool:
+        """Whether no file holds the weights."""
+        return self.config.model.load_format == "dummy"
+
+    @property
     def buckets(self) -> tuple[int, ...]:
         """Numbers of tokens that compiled steps are padded to."""
         limit = self.config.scheduler.max_num_batched_tokens
@@ -89,7 +94,7 @@ class Job:
         from parallel.weights import stream
 
         rank_plan = self.plan.ranks[rank]
-        if self.config.model.load_format == "dummy":
+        if self.has_random_weights:
             return random_weights(rank_plan, dtype=dtype, device=device)
         if self.bundle:
             return self.bundle.weights(rank, device=device)

@@ -15,7 +15,7 @@ from parallel.context import ParallelContext
 from parallel.launch import RankEnv
 from runner.build.built import Built
 from runner.build.choice import AUTO, Chooser
-from runner.build.contents import publish, share_source, write_weights
+from runner.build.contents import publish, source_of, uses_of, write_weights
 from runner.build.parity import ParityReport, compare
 from runner.build.progress import Progress, announce
 from runner.build.sharing import barrier, gather
@@ -27,7 +27,7 @@ from runner.bundle.weights_file import read_weights
 from runner.compiler.backends import Backends
 from runner.engine.compiled_stage import CompiledStage
 from runner.engine.kv_capacity import check_weights_fit
-from runner.engine.loading import load_artefacts, make_runner
+from runner.engine.loading import load_artefacts, make_runner, with_backends
 from runner.engine.rank import Phase, as_rank, join
 from runner.engine.stage_runner import StageRunner
 from runner.planning import Job
@@ -55,7 +55,7 @@ class Destination:
             job.plan,
             overwrite=self.overwrite,
             reuse_from=self.reuse_from,
-            has_weights=job.config.model.load_format != "dummy",
+            has_weights=not job.has_random_weights,
         )
 
 
@@ -91,7 +91,7 @@ def compile_together(
 ) -> Outcome:
     """The same with ranks that have met already."""
     _begin(context, phase, "hashing the checkpoint")
-    source = share_source(job, context.setup)
+    source = source_of(job, context.setup)
     _begin(context, phase, "opening the bundle")
     with _builder(job, context, destination) as builder:
         _begin(context, phase, "writing weights")
@@ -176,7 +176,7 @@ def _load(
 ) -> StageRunner:
     """This rank's stage as it will run from the bundle."""
     check_weights_fit(job.plan, context, job.config.kv_cache.gpu_memory_utilization)
-    if job.config.model.load_format == "dummy":
+    if job.has_random_weights:
         weights = job.weights(
             context.rank, dtype=getattr(torch, job.plan.dtype), device=context.device
         )
@@ -185,11 +185,8 @@ def _load(
             builder.folder / layout.weights_file(context.rank), device=context.device
         )
     runner = make_runner(job, context, weights)
-    uses: dict[str, dict[int, tuple[str, str]]] = {}
-    for made in built:
-        for use in made.uses:
-            if use.rank == context.rank:
-                uses.setdefault(use.kind, {})[use.num_rows] = (made.backend, made.key)
+    keys = uses_of(built, context.world.size)[context.rank]
+    uses = with_backends(keys, {made.key: made.artefact for made in built})
     artefacts = load_artefacts(uses, builder.artefact_folder, runner.stage, backends)
     runner.execute, runner.buckets = CompiledStage(runner.stage, artefacts), job.buckets
     return runner

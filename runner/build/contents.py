@@ -28,22 +28,17 @@ MODEL_FILES = (
 """What of a model's folder a bundle takes along, where it is there."""
 
 
-def source_of(job: Job) -> dict[str, SourceFile]:
-    """The files that the weights are read from; random ones come from none."""
-    if job.config.model.load_format == "dummy":
-        return {}
-    return read_source(info.file for info in job.spec.checkpoint.tensors.values())
-
-
 @dataclass(frozen=True)
 class _NamedFile:
     name: str
     file: SourceFile
 
 
-def share_source(job: Job, group: Group) -> dict[str, SourceFile]:
-    """The same on every rank of `group`, each of which reads a part of the files."""
-    if job.config.model.load_format == "dummy":
+def source_of(job: Job, group: Group) -> dict[str, SourceFile]:
+    """The files that the weights are read from, on every rank of `group`; each reads a part of
+    them. Random weights come from none.
+    """
+    if job.has_random_weights:
         return {}
     files = sorted({info.file for info in job.spec.checkpoint.tensors.values()})
     mine = read_source(files[group.rank :: group.size])
@@ -56,7 +51,7 @@ def write_weights(
     job: Job, rank: int, builder: BundleBuilder, source: dict[str, SourceFile]
 ) -> None:
     """Random weights are made again wherever they are needed."""
-    if job.config.model.load_format == "dummy":
+    if job.has_random_weights:
         return
     digest = source_digest(source)
     if not builder.finished_weights(rank, digest):

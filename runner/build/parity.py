@@ -128,7 +128,7 @@ def compare(job: Job, runner: StageRunner) -> ParityReport:
     # Loading takes some ranks longer than a step may.
     barrier(context.setup)
     units: list[UnitParity] = []
-    has_reference = job.config.model.load_format != "dummy" or max(job.plan.tp_sizes) == 1
+    has_reference = not job.has_random_weights or max(job.plan.tp_sizes) == 1
     if has_reference:
         limit = job.config.scheduler.max_num_seqs
         steps = [_record(runner, step, block_size, limit) for step in sequences]

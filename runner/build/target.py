@@ -13,6 +13,7 @@ from tempfile import TemporaryDirectory
 
 import torch
 
+from parallel.collectives import Group
 from runner.build.built import Built
 from runner.build.choice import NAMED
 from runner.build.compile import Destination, Outcome
@@ -55,7 +56,7 @@ def compile_for_target(job: Job, destination: Destination, gpu: str) -> Outcome:
     """
     backend = TensorRTTargetBackend(gpu)
     backend.fingerprint()
-    source = source_of(job)
+    source = source_of(job, Group.alone())
     parity = ParityReport(False, f"not compared: built for {gpu} without a device")
     with destination.lead(job) as builder:
         for rank_plan in job.plan.ranks:
@@ -117,7 +118,7 @@ def _jobs(missing: dict[str, Order], desk: Path) -> Sequence[BuildJob]:
 
 
 def _built(order: Order, builder: BundleBuilder, seconds: float) -> Built:
-    chosen = Candidate(TensorRTTargetBackend.name, order.key, None, None, "")
+    chosen = Candidate(TensorRTTargetBackend.name, order.key)
     folder = builder.artefact_folder(order.key)
     return Built.of(
         order.work,

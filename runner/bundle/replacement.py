@@ -7,25 +7,14 @@ leaves the old one aside, and the next compile puts it back.
 
 from pathlib import Path
 
-from parallel.errors import ConfigError
 from runner.bundle.durable import exchange, flush, remove
 from runner.bundle.layout import MANIFEST, replaced_of
+from runner.config.output_folder import check_output_folder
 
 
 def check_target(out: Path, *, overwrite: bool) -> None:
     """Raises ConfigError: something is at `out` that may not be replaced."""
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ConfigError(f"{out} is a file; name a folder that is empty or not there yet")
-    if out.is_mount():
-        raise ConfigError(f"{out} is a mount point, which cannot be replaced; name a folder in it")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise ConfigError(f"{out} is not empty; name another folder, or use --overwrite")
-    if not (out / MANIFEST).is_file():
-        raise ConfigError(f"{out} has no {MANIFEST}, so --overwrite does not replace it")
+    check_output_folder(out, overwrite=overwrite, marker=MANIFEST)
 
 
 def replace_folder(new: Path, out: Path) -> None:

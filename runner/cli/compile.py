@@ -116,7 +116,8 @@ def _check_may_target(target: str, config: "RunnerConfig", *, no_run: bool) -> N
 def _check_can_build(job: "Job") -> None:
     """What can be known before any rank starts."""
     from runner.compiler.backends import check_backend
+    from runner.compiler.buckets import buckets_of
 
-    assert job.buckets, "raises where they cannot be"
+    buckets_of(job.config.compile.buckets, job.config.scheduler.max_num_batched_tokens)
     if job.config.compile.backend != "auto":
         check_backend(job.config.compile.backend, job.device_type)

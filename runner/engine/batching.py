@@ -95,6 +95,40 @@ def lay_out(
     scheduled: Seq[Scheduled], block_size: int, padding: Padding | None = None
 ) -> StepInputs:
     """Lay a step's tokens out one sequence after the other."""
+    columns, samples = _columns(scheduled, block_size)
+    num_tokens, num_samples = len(columns[0]), len(samples)
+    num_rows, sample_rows, num_seqs = num_tokens, num_samples, len(scheduled)
+    is_decode, scratch_slot = False, 0
+    if padding:
+        num_rows = padding.bucket(num_tokens)
+        sample_rows = padding.bucket(num_samples) if num_samples else 0
+        is_decode = padding.table_width is not None and num_samples == num_tokens
+        num_seqs = num_rows if is_decode else num_seqs
+        scratch_slot = padding.scratch_block * block_size
+    longs: list[int] = []
+    for column, filler in zip(columns, (0, 0, 0, scratch_slot), strict=True):
+        longs += column + [filler] * (num_rows - num_tokens)
+    longs += samples + [0] * (sample_rows - num_samples)
+    query_lens = tuple(part.num_tokens for part in scheduled)
+    kv_lens = tuple(part.sequence.num_computed + part.num_tokens for part in scheduled)
+    unused = num_seqs - len(scheduled)
+    # A sequence of padding has a row of its own and an empty cache.
+    offsets = [*accumulate(query_lens, initial=0), *range(num_tokens + 1, num_tokens + 1 + unused)]
+    return StepInputs(
+        longs=torch.tensor(longs, dtype=torch.int64),
+        ints=torch.tensor([*offsets, *kv_lens, *[0] * unused], dtype=torch.int32),
+        tables=tuple(part.sequence.blocks for part in scheduled),
+        query_lens=query_lens,
+        kv_lens=kv_lens,
+        num_rows=num_rows,
+        num_seqs=num_seqs,
+        num_samples=num_samples,
+        is_decode=is_decode,
+    )
+
+
+def _columns(scheduled: Seq[Scheduled], block_size: int) -> tuple[list[list[int]], list[int]]:
+    """Token ids, positions, rope variants and slots of all tokens; and the rows that sample."""
     token_ids: list[int] = []
     positions: list[int] = []
     variants: list[int] = []
@@ -109,49 +143,7 @@ def lay_out(
         slots += (sequence.blocks[p // block_size] * block_size + p % block_size for p in span)
         if part.samples:
             samples.append(len(token_ids) - 1)
-    step = StepInputs(
-        longs=torch.tensor([token_ids, positions, variants, slots]),
-        ints=torch.empty(0),
-        tables=tuple(part.sequence.blocks for part in scheduled),
-        query_lens=tuple(part.num_tokens for part in scheduled),
-        kv_lens=tuple(part.sequence.num_computed + part.num_tokens for part in scheduled),
-        num_rows=len(token_ids),
-        num_seqs=len(scheduled),
-        num_samples=len(samples),
-        is_decode=False,
-    )
-    return _pack(step, samples, padding, block_size)
-
-
-def make_batch(scheduled: Seq[Scheduled], block_size: int, device: torch.device) -> Batch:
-    """A step's tensors on a device, without padding."""
-    return lay_out(scheduled, block_size).to(device)
-
-
-def _pack(
-    step: StepInputs, samples: list[int], padding: Padding | None, block_size: int
-) -> StepInputs:
-    num_rows, num_seqs, num_samples = step.num_rows, step.num_seqs, step.num_samples
-    is_decode = False
-    if padding:
-        num_rows = padding.bucket(step.num_rows)
-        num_samples = padding.bucket(num_samples) if num_samples else 0
-        is_decode = padding.table_width is not None and len(samples) == step.num_rows
-        num_seqs = num_rows if is_decode else num_seqs
-    longs = torch.zeros(4 * num_rows + num_samples, dtype=torch.int64)
-    rows = longs[: 4 * num_rows].view(4, num_rows)
-    rows[:, : step.num_rows] = step.longs
-    if padding:
-        rows[3, step.num_rows :] = padding.scratch_block * block_size
-    longs[4 * num_rows : 4 * num_rows + len(samples)] = torch.tensor(samples, dtype=torch.int64)
-    offsets = list(accumulate(step.query_lens, initial=0))
-    unused = num_seqs - step.num_seqs
-    # A sequence of padding has a row of its own and an empty cache.
-    offsets += range(offsets[-1] + 1, offsets[-1] + 1 + unused)
-    ints = torch.tensor([*offsets, *step.kv_lens, *[0] * unused], dtype=torch.int32)
-    return replace(
-        step, longs=longs, ints=ints, num_rows=num_rows, num_seqs=num_seqs, is_decode=is_decode
-    )
+    return [token_ids, positions, variants, slots], samples
 
 
 def _copy(x: torch.Tensor, device: torch.device) -> torch.Tensor:

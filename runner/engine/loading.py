@@ -11,6 +11,7 @@ import torch
 from parallel.collectives import Group
 from parallel.context import ParallelContext
 from parallel.transfer import CarryTransfer
+from runner.bundle import manifest
 from runner.bundle.bundle import Bundle
 from runner.compiler.backends import Backends
 from runner.engine.compiled_stage import Artefacts, CompiledStage
@@ -114,8 +115,19 @@ def _rebuild(bundle: Bundle, stage: DecoderStage, context: ParallelContext) -> A
 
 def uses_of(bundle: Bundle, rank: int) -> dict[str, dict[int, Artefact]]:
     """What runs each kind of part at each number of rows on a rank of a bundle."""
-    artefacts = bundle.manifest.artefacts
+    return with_backends(bundle.manifest.uses[rank], bundle.manifest.artefacts)
+
+
+def with_backends(
+    keys: Mapping[str, Mapping[int, str]], artefacts: Mapping[str, manifest.Artefact]
+) -> dict[str, dict[int, Artefact]]:
+    """Keys of artefacts together with the names of the backends that load them.
+
+    Args:
+        keys: kind -> number of rows -> key.
+        artefacts: by key.
+    """
     return {
         kind: {rows: (artefacts[key].backend, key) for rows, key in by_rows.items()}
-        for kind, by_rows in bundle.manifest.uses[rank].items()
+        for kind, by_rows in keys.items()
     }

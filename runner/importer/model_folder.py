@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 from parallel.checkpoint import INDEX_FILE, SINGLE_FILE
 from parallel.errors import ConfigError, PreflightError
 from parallel.plan import DTYPE_BYTES
+from runner.config.output_folder import check_output_folder
 
 if TYPE_CHECKING:
     import torch
@@ -31,19 +32,8 @@ def check_target(out: Path, *, source: Path, overwrite: bool) -> None:
     An existing folder may be if it is empty, or with `overwrite` if it is a model folder: then
     all of it is replaced, so a folder without config.json, or one with `source` in it, is refused.
     """
-    if not out.exists():
-        return
-    if not out.is_dir():
-        raise ConfigError(f"{out} is a file; name a folder that is empty or not there yet")
-    if out.is_mount():
-        raise ConfigError(f"{out} is a mount point, which cannot be replaced; name a folder in it")
-    if not any(out.iterdir()):
-        return
-    if not overwrite:
-        raise ConfigError(f"{out} is not empty; name another folder, or use --overwrite")
-    if not (out / "config.json").is_file():
-        raise ConfigError(f"{out} has no config.json, so --overwrite does not replace it")
-    if out.resolve() in source.resolve().parents:
+    check_output_folder(out, overwrite=overwrite, marker="config.json")
+    if out.exists() and out.resolve() in source.resolve().parents:
         raise ConfigError(f"{out} holds {source}, so --overwrite does not replace it")
 
 

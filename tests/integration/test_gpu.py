@@ -13,10 +13,8 @@ from parallel.topology import Topology
 from runner.build.compile import Destination, compile_on_rank
 from runner.bundled import open_job
 from runner.compiler.counter import count_compilations
-from runner.engine.completion import make_requests
 from runner.engine.loading import load_stage
 from runner.engine.rank import make_engine
-from runner.engine.request import SamplingParams
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -81,15 +79,7 @@ def test_captured_steps_allocate_nothing(checkpoint: Callable[[str], Path]) -> N
     settings = SIZES | {"parallel.device": "cuda"}
     job = rank_jobs.prepare(str(checkpoint("llama")), [1], settings)
     stage_runner = load_stage(job, open_context("cuda"))
-    requests = make_requests(
-        PROMPTS,
-        vocab_size=job.spec.config.vocab_size,
-        max_model_len=job.plan.max_model_len,
-        max_tokens=30,
-        sampling=[SamplingParams()] * len(PROMPTS),
-        stop_token_ids=frozenset(),
-    )
-    front = rank_jobs.ListFront(requests)
+    front = rank_jobs.ListFront(rank_jobs.requests_of(job, PROMPTS, 30, GREEDY))
     engine = make_engine(job, stage_runner, front)
     engine.admit(front.next())
     for _ in range(5):

@@ -49,6 +49,20 @@ class ListFront:
                 self._open.remove(output.request_id)
 
 
+def requests_of(
+    job: Job, prompts: list[list[int]], num_tokens: int, sampling: dict[str, Any]
+) -> list[Request]:
+    """One request a prompt, that nothing ends before its length."""
+    return make_requests(
+        prompts,
+        vocab_size=job.spec.config.vocab_size,
+        max_model_len=job.plan.max_model_len,
+        max_tokens=num_tokens,
+        sampling=[SamplingParams(**sampling)] * len(prompts),
+        stop_token_ids=frozenset(),
+    )
+
+
 def complete(
     context: ParallelContext,
     model: str,
@@ -73,15 +87,7 @@ def complete_job(
     stage_runner = load_stage(job, context)
     front = None
     if context.rank == 0:
-        requests = make_requests(
-            prompts,
-            vocab_size=job.spec.config.vocab_size,
-            max_model_len=job.plan.max_model_len,
-            max_tokens=num_tokens,
-            sampling=[SamplingParams(**sampling)] * len(prompts),
-            stop_token_ids=frozenset(),
-        )
-        front = ListFront(requests)
+        front = ListFront(requests_of(job, prompts, num_tokens, sampling))
     loop(make_engine(job, stage_runner, front), front)
     return list(front.token_ids.values()) if front else None
 
@@ -92,16 +98,7 @@ def logits(
     """(len(prompt), vocab_size) of each prompt, all in one batch; known on the last stage."""
     job = prepare(model, list(context.topology.tp_sizes), settings)
     stage_runner = load_stage(job, context)
-    front = ListFront(
-        make_requests(
-            prompts,
-            vocab_size=job.spec.config.vocab_size,
-            max_model_len=job.plan.max_model_len,
-            max_tokens=1,
-            sampling=[SamplingParams()] * len(prompts),
-            stop_token_ids=frozenset(),
-        )
-    )
+    front = ListFront(requests_of(job, prompts, 1, {}))
     engine = make_engine(job, stage_runner, front if context.rank == 0 else None)
     engine.admit(front.next())
     scheduled = engine.scheduler.schedule()

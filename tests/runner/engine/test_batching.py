@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from runner.engine.batching import Padding, lay_out, make_batch
+from runner.engine.batching import Padding, lay_out
 from runner.engine.request import Request
 from runner.engine.scheduler import Scheduled
 from runner.engine.sequence import Sequence
@@ -23,7 +23,7 @@ def test_prefill_a_chunk_of_it_and_decoding_side_by_side() -> None:
     whole = sequence([20, 21, 22], computed=0, blocks=[5])
     chunk = sequence([30, 31, 32, 33, 34, 35, 36, 37, 38], computed=3, blocks=[1, 9, 4])
     scheduled = [Scheduled(decoding, 1), Scheduled(whole, 3), Scheduled(chunk, 4)]
-    batch = make_batch(scheduled, 4, CPU)
+    batch = lay_out(scheduled, 4).to(CPU)
     assert batch.token_ids.tolist() == [15, 20, 21, 22, 33, 34, 35, 36]
     assert batch.positions.tolist() == [5, 0, 1, 2, 3, 4, 5, 6]
     assert batch.rope_variants.tolist() == [1, 0, 0, 0, 0, 0, 0, 0]
@@ -43,13 +43,13 @@ def test_prefill_a_chunk_of_it_and_decoding_side_by_side() -> None:
 
 
 def test_no_logits_where_no_sequence_reaches_its_end() -> None:
-    batch = make_batch([Scheduled(sequence([1, 2, 3], computed=0, blocks=[0]), 2)], 16, CPU)
+    batch = lay_out([Scheduled(sequence([1, 2, 3], computed=0, blocks=[0]), 2)], 16).to(CPU)
     assert batch.logits_rows.tolist() == []
     assert batch.logits_rows.dtype == torch.int64
 
 
 def test_what_kernels_index_with_is_int32() -> None:
-    batch = make_batch([Scheduled(sequence([1], computed=0, blocks=[0]), 1)], 16, CPU)
+    batch = lay_out([Scheduled(sequence([1], computed=0, blocks=[0]), 1)], 16).to(CPU)
     short = {"block_tables", "query_offsets", "kv_lengths"}
     for name, value in vars(batch).items():
         if isinstance(value, torch.Tensor):
@@ -59,7 +59,7 @@ def test_what_kernels_index_with_is_int32() -> None:
 def test_tokens_that_are_computed_again_go_where_they_were() -> None:
     """As when a sequence crosses to other rotary frequencies."""
     crossing = sequence([1, 2, 3, 4, 5], computed=0, blocks=[6, 3], variant=1)
-    batch = make_batch([Scheduled(crossing, 5)], 4, CPU)
+    batch = lay_out([Scheduled(crossing, 5)], 4).to(CPU)
     assert batch.positions.tolist() == [0, 1, 2, 3, 4]
     assert batch.slots.tolist() == [24, 25, 26, 27, 12]
     assert batch.rope_variants.tolist() == [1] * 5
@@ -88,7 +88,7 @@ def test_rows_and_samples_are_padded_and_padding_writes_where_no_sequence_reads(
     inputs = lay_out(parts, 4, Padding(BUCKETS, SCRATCH))
     assert (inputs.num_rows, inputs.num_seqs, inputs.num_samples) == (8, 3, 3)
     assert not inputs.is_decode
-    padded, plain = inputs.to(CPU), make_batch(parts, 4, CPU)
+    padded, plain = inputs.to(CPU), lay_out(parts, 4).to(CPU)
     for name in ("token_ids", "positions", "rope_variants"):
         assert getattr(padded, name).tolist() == [*getattr(plain, name).tolist(), 0, 0, 0]
     assert padded.slots.tolist() == [*plain.slots.tolist(), *[SCRATCH * 4] * 3]
@@ -101,7 +101,7 @@ def test_rows_and_samples_are_padded_and_padding_writes_where_no_sequence_reads(
 
 def test_a_step_that_fills_its_bucket_is_not_padded() -> None:
     inputs = lay_out(mixed(), 4, Padding(BUCKETS, SCRATCH))
-    plain = make_batch(mixed(), 4, CPU)
+    plain = lay_out(mixed(), 4).to(CPU)
     assert inputs.num_rows == 4
     batch = inputs.to(CPU)
     assert batch.slots.tolist() == plain.slots.tolist()

@@ -9,7 +9,7 @@ import torch
 from torch.testing import assert_close
 
 from parallel.slicing import HeadShare, split_heads
-from runner.engine.batching import make_batch
+from runner.engine.batching import lay_out
 from runner.engine.request import Request
 from runner.engine.scheduler import Scheduled
 from runner.engine.sequence import Sequence
@@ -49,7 +49,7 @@ class Tokens:
         """Attend with the next tokens of some sequences: pairs of (sequence, number of tokens)."""
         spans = [(i, slice(self.sequences[i].num_computed, None)) for i, _ in parts]
         scheduled = [Scheduled(self.sequences[i], n) for i, n in parts]
-        batch = make_batch(scheduled, BLOCK_SIZE, CPU)
+        batch = lay_out(scheduled, BLOCK_SIZE).to(CPU)
 
         def flat(of: list[torch.Tensor]) -> torch.Tensor:
             rows = [of[i][span][:n] for (i, span), (_, n) in zip(spans, parts, strict=True)]

@@ -20,7 +20,7 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from parallel.context import ParallelContext
 from parallel.launch import RankEnv
 from parallel.topology import Topology
-from runner.engine.batching import make_batch
+from runner.engine.batching import lay_out
 from runner.engine.loading import load_stage
 from runner.engine.request import Request
 from runner.engine.scheduler import Scheduled
@@ -144,7 +144,7 @@ def prefill(prompts: list[list[int]], block_size: int) -> Batch:
         sequence.blocks = list(range(block, block + -(-len(prompt) // block_size)))
         block += len(sequence.blocks)
         scheduled.append(Scheduled(sequence, len(prompt)))
-    return make_batch(scheduled, block_size, torch.device("cpu"))
+    return lay_out(scheduled, block_size).to(torch.device("cpu"))
 
 
 def test_stages_in_a_row_equal_the_whole(
