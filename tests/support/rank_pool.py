@@ -5,6 +5,7 @@ already. A job is a function of `rank_jobs`; it runs on the first `topology.worl
 job that fails leaves its peers waiting for one another, so the pool starts anew after it.
 """
 
+import faulthandler
 import multiprocessing
 import time
 import traceback
@@ -65,10 +66,19 @@ class RankPool:
                 raise TimeoutError(f"ranks {missing} did not finish within {JOB_TIMEOUT_S} s")
             for rank, pipe in enumerate(self._pipes):
                 if pipe in ready:
-                    ok, replies[rank] = pipe.recv()
+                    ok, replies[rank] = self._receive(rank)
                     if not ok:
                         raise RuntimeError(replies[rank])
         return [replies[rank] for rank in range(self.size)]
+
+    def _receive(self, rank: int) -> tuple[bool, Any]:
+        try:
+            reply: tuple[bool, Any] = self._pipes[rank].recv()
+        except EOFError:
+            process = self._processes[rank]
+            process.join()
+            raise RuntimeError(f"rank {rank} ended with exit code {process.exitcode}") from None
+        return reply
 
     def close(self) -> None:
         for process in self._processes:
@@ -83,6 +93,7 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
 
     from parallel.context import ParallelContext
 
+    faulthandler.enable()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
     contexts: dict[Topology, ParallelContext] = {}
