@@ -9,9 +9,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from parallel.decoder_plan import DecoderPlan, DecoderRankPlan, DecoderStagePlan
 from parallel.fit import Budget, Fit, fit_of
 from parallel.layout import ModelLayout
-from parallel.plan import DTYPE_BYTES, RankPlan, ShardPlan, StagePlan
+from parallel.plan import DTYPE_BYTES
 
 _TIE = 1.01
 """Estimates this close to the lowest are as good as the lowest."""
@@ -46,7 +47,7 @@ class Candidate:
     step_s: float
 
     @property
-    def plan(self) -> ShardPlan:
+    def plan(self) -> DecoderPlan:
         return self.fit.plan
 
     @property
@@ -92,12 +93,12 @@ def sizes(layout: ModelLayout, num_gpus: int) -> list[tuple[int, int]]:
     ]
 
 
-def assess(plan: ShardPlan, budget: Budget, speed: GpuSpeed = H200) -> Candidate:
+def assess(plan: DecoderPlan, budget: Budget, speed: GpuSpeed = H200) -> Candidate:
     """Judge and time a plan."""
     return Candidate(fit_of(plan, budget), step_s(plan, speed))
 
 
-def step_s(plan: ShardPlan, speed: GpuSpeed) -> float:
+def step_s(plan: DecoderPlan, speed: GpuSpeed) -> float:
     """Estimated seconds of a decoding step with one sequence.
 
     The stages run one after the other; in each, the rank that reads the most finishes last. With
@@ -114,7 +115,7 @@ def step_s(plan: ShardPlan, speed: GpuSpeed) -> float:
     return total
 
 
-def _read_elements(rank: RankPlan, stage: StagePlan) -> int:
+def _read_elements(rank: DecoderRankPlan, stage: DecoderStagePlan) -> int:
     """Elements of weights that one token reads: all but embeddings, which are looked up. A head
     that shares the embedding reads it.
     """

@@ -3,12 +3,20 @@
 `all_reduce` and `all_gather` belong to a model: they are functional ops, so `torch.export` and
 `torch.compile` see them as nodes of the graph. The others carry a few bytes between steps.
 Point-to-point transfers between stages are `parallel.transfer`.
+
+A group of several ranks without a process group is for tracing: one process can trace what every
+rank runs. The nodes then name the group `SYMBOLIC`, which whoever runs the graph replaces.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
+import torch.nn.functional as F
+
+SYMBOLIC = "symbolic"
+"""Stands in a traced graph for the name of a group; to run a collective with it is an error."""
 
 
 @dataclass(frozen=True)
@@ -18,7 +26,8 @@ class Group:
     Attributes:
         ranks: global ranks, in the group's order.
         rank: this rank's place in the group.
-        process_group: None in a group of one rank.
+        process_group: None in a group of one rank, and where a model is traced for ranks that are
+            not running.
     """
 
     ranks: tuple[int, ...]
@@ -29,6 +38,11 @@ class Group:
     def size(self) -> int:
         return len(self.ranks)
 
+    @property
+    def name(self) -> str:
+        """What functional ops call the group."""
+        return SYMBOLIC if self.process_group is None else self.process_group.group_name
+
     @classmethod
     def alone(cls, rank: int = 0) -> "Group":
         return cls((rank,), 0)
@@ -36,22 +50,39 @@ class Group:
 
 def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
     """The sum of `x` over the group, on every rank."""
-    if group.process_group is None:
+    if group.size == 1:
         return x
-    reduced = torch.ops._c10d_functional.all_reduce(x, "sum", group.process_group.group_name)
-    return _wait(reduced)
+    return _wait(torch.ops._c10d_functional.all_reduce(x, "sum", group.name))
 
 
 def all_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
     """(num_rows, columns) of every rank side by side: (num_rows, columns * size), on every rank."""
-    if group.process_group is None:
+    if group.size == 1:
         return x
-    name = group.process_group.group_name
-    stacked = _wait(torch.ops._c10d_functional.all_gather_into_tensor(x, group.size, name))
     rows, columns = x.shape
-    return (
-        stacked.view(group.size, rows, columns).transpose(0, 1).reshape(rows, columns * group.size)
-    )
+    return stack(x, group).transpose(0, 1).reshape(rows, columns * group.size)
+
+
+def all_gather_parts(
+    x: torch.Tensor, extents: Sequence[int], group: Group, *, dim: int = -1
+) -> torch.Tensor:
+    """The parts of a tensor that the ranks hold, joined along `dim`, on every rank.
+
+    Parts travel as long as the longest one; what fills up the others is dropped.
+
+    Args:
+        x: this rank's part.
+        extents: of the part of every rank, in `dim`.
+        dim: negative.
+    """
+    if group.size == 1:
+        return x
+    missing = max(extents) - extents[group.rank]
+    if missing:
+        x = F.pad(x, (0, 0) * (-dim - 1) + (0, missing))
+    stacked = stack(x.contiguous(), group)
+    parts = [stacked[rank].narrow(dim, 0, extent) for rank, extent in enumerate(extents)]
+    return torch.cat(parts, dim)
 
 
 def broadcast(x: torch.Tensor, source: int, group: Group) -> torch.Tensor:
@@ -92,6 +123,12 @@ def minimum(value: int, group: Group) -> int:
     if group.process_group is not None:
         dist.all_reduce(agreed, op=dist.ReduceOp.MIN, group=group.process_group)
     return int(agreed.item())
+
+
+def stack(x: torch.Tensor, group: Group) -> torch.Tensor:
+    """`x`, contiguous and of one shape on all ranks, of every rank: (size, *x.shape)."""
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x, group.size, group.name)
+    return _wait(gathered).view(group.size, *x.shape)
 
 
 def _wait(x: torch.Tensor) -> torch.Tensor:

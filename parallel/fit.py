@@ -7,7 +7,7 @@ buffers of the communication library, some hundred MB a rank.
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from parallel.plan import RankPlan, ShardPlan
+from parallel.decoder_plan import DecoderPlan, DecoderRankPlan
 
 
 def format_bytes(num_bytes: int) -> str:
@@ -68,7 +68,7 @@ class RankFit:
 class Fit:
     """The verdict on a plan."""
 
-    plan: ShardPlan
+    plan: DecoderPlan
     budget: Budget
     ranks: tuple[RankFit, ...]
 
@@ -119,12 +119,12 @@ class Fit:
         )
 
 
-def fit_of(plan: ShardPlan, budget: Budget) -> Fit:
+def fit_of(plan: DecoderPlan, budget: Budget) -> Fit:
     """Judge every rank of a plan."""
     return Fit(plan, budget, tuple(_fit_rank(rank, plan, budget) for rank in plan.ranks))
 
 
-def _fit_rank(rank: RankPlan, plan: ShardPlan, budget: Budget) -> RankFit:
+def _fit_rank(rank: DecoderRankPlan, plan: DecoderPlan, budget: Budget) -> RankFit:
     block_bytes = rank.kv_bytes_per_token * budget.block_size
     sequence_blocks = -(-plan.max_model_len // budget.block_size)
     fixed_bytes = rank.weight_bytes + rank.activation_bytes

@@ -1,22 +1,28 @@
 """`ShardPlan`: who holds what. The first of the four hinges that everything else hangs on.
 
-A plan is pure data. It is made without a GPU and from file headers alone (`parallel.planner`),
-printed and drawn by `shardline plan`, followed by every rank that loads weights or talks to
-another, and bound to a bundle by its digest. All sizes are bytes, all ranges are [start, stop).
+A plan is pure data. It is made without a GPU, printed and drawn by `shardline plan`, followed by
+every rank that loads weights or talks to another, and bound to a bundle by its digest. This file
+has what all plans say; `parallel.decoder_plan` is that of a language model, `parallel.graph_plan`
+that of any other. All sizes are bytes, all ranges are [start, stop).
 """
 
 import hashlib
 import json
 import math
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, Literal, Self
 
 from parallel.errors import ConfigError, IntegrityError
 from parallel.records import read_record
-from parallel.slicing import HeadShare, Range
+from parallel.slicing import Range
 from parallel.topology import Topology
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
+"""What weights and activations may be."""
+
+ITEM_BYTES = DTYPE_BYTES | {"float64": 8, "int64": 8, "int32": 4, "int16": 2, "int8": 1}
+ITEM_BYTES |= {"uint8": 1, "bool": 1}
+"""What any tensor may be."""
 
 
 @dataclass(frozen=True)
@@ -52,39 +58,36 @@ class RankPlan:
     """What one rank holds.
 
     Attributes:
-        heads: its attention heads, equal in every layer of its stage.
-        mlp: its columns of the MLP's intermediate size.
-        vocab: its rows of the vocabulary.
         tensors: its parameters.
         weight_bytes: of its parameters.
-        kv_bytes_per_token: keys and values of one token in all layers of its stage.
-        activation_bytes: an upper estimate of the buffers of one step; see `parallel.planner`.
+        activation_bytes: an upper estimate of the buffers of one step.
     """
 
     rank: int
     stage: int
     tp_rank: int
     device: int
-    heads: HeadShare
-    mlp: Range
-    vocab: Range
     tensors: tuple[LocalTensor, ...]
     weight_bytes: int
-    kv_bytes_per_token: int
     activation_bytes: int
 
 
 @dataclass(frozen=True)
 class Carry:
-    """A tensor that crosses from a stage to the next; `shape` may name `num_tokens`."""
+    """A tensor that crosses from a stage to the next; `shape` may name `num_tokens`.
+
+    Attributes:
+        dtype: as torch spells it.
+    """
 
     name: str
     dtype: str
     shape: tuple[int | str, ...]
 
     @property
-    def bytes_per_token(self) -> int:
-        return math.prod(s for s in self.shape if isinstance(s, int)) * DTYPE_BYTES[self.dtype]
+    def num_bytes(self) -> int:
+        """Of one token, where the shape names `num_tokens`; else of all of it."""
+        return math.prod(s for s in self.shape if isinstance(s, int)) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -92,39 +95,33 @@ class StagePlan:
     """What one pipeline stage runs.
 
     Attributes:
-        modules: checkpoint names of its units, in order.
-        layers: global indices of its decoder layers.
-        has_embedding, has_norm, has_head: whether those units are here.
-        padded_vocab: logits columns of each of its ranks.
+        modules: names of its units, in order.
         carries: what it sends to the next stage; empty on the last one.
-        cost: bytes of weights that its ranks together read in one decoding step.
     """
 
     modules: tuple[str, ...]
-    layers: Range
-    has_embedding: bool
-    has_norm: bool
-    has_head: bool
-    padded_vocab: int
     carries: tuple[Carry, ...]
-    cost: int
 
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The division of one model over the ranks of one job."""
+    """The division of one model over the ranks of one job.
 
+    Attributes:
+        kind: of model; says which of the plans this is.
+        dtype: of weights and activations, where they are floating-point numbers.
+    """
+
+    kind: Literal["decoder", "graph"]
     architecture: str
     dtype: str
-    max_model_len: int
-    max_num_batched_tokens: int
     tp_sizes: tuple[int, ...]
     devices: tuple[int, ...]
     stages: tuple[StagePlan, ...]
     ranks: tuple[RankPlan, ...]
 
     @classmethod
-    def from_dict(cls, values: Any) -> "ShardPlan":
+    def from_dict(cls, values: Any) -> Self:
         """The plan whose `to_dict` was written as JSON; its digest is that of the original.
 
         Raises:
@@ -138,11 +135,6 @@ class ShardPlan:
     @property
     def topology(self) -> Topology:
         return Topology(self.tp_sizes, self.devices)
-
-    @property
-    def pipeline_bubble(self) -> float:
-        """Share of the stages' time spent waiting while one batch at a time passes through them."""
-        return 1 - 1 / len(self.stages)
 
     def to_dict(self) -> dict[str, Any]:
         """Plain JSON types, ranges as two-element lists."""

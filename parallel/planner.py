@@ -1,4 +1,4 @@
-"""From a model's layout and a checkpoint's headers to a `ShardPlan`.
+"""From a model's layout and a checkpoint's headers to a `DecoderPlan`.
 
 Needs no GPU and reads no weights. Choosing how many ranks to use is `parallel.autoplan`; this file
 is told.
@@ -9,18 +9,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from parallel.checkpoint import LOADABLE_BYTES, Checkpoint, TensorInfo
+from parallel.decoder_plan import DecoderPlan, DecoderRankPlan, DecoderStagePlan
 from parallel.errors import ConfigError, IntegrityError
 from parallel.layout import ModelLayout, Split
 from parallel.partition import Cut, Unit, cut_by_cost, cut_by_patterns
-from parallel.plan import (
-    DTYPE_BYTES,
-    Carry,
-    LocalTensor,
-    Piece,
-    RankPlan,
-    ShardPlan,
-    StagePlan,
-)
+from parallel.plan import DTYPE_BYTES, Carry, LocalTensor, Piece
 from parallel.rules import LAYER, Rule, check_strict, expand
 from parallel.topology import Topology
 
@@ -52,7 +45,7 @@ def make_plan(
     dtype: str,
     limits: Limits,
     stages: Sequence[Sequence[str]] | None = None,
-) -> ShardPlan:
+) -> DecoderPlan:
     """Divide a model.
 
     Args:
@@ -79,7 +72,8 @@ def make_plan(
     cut = cut_by_patterns(units, stages) if stages else cut_by_cost(units, topology.tp_sizes)
     _check_embeddings_together(layout, cut)
     divider = _Divider(layout, rules, topology, cut, dtype, limits)
-    return ShardPlan(
+    return DecoderPlan(
+        kind="decoder",
         architecture=architecture,
         dtype=dtype,
         max_model_len=limits.max_model_len,
@@ -151,12 +145,12 @@ class _Divider:
     dtype: str
     limits: Limits
 
-    def stage(self, index: int) -> StagePlan:
+    def stage(self, index: int) -> DecoderStagePlan:
         modules = [unit.module for unit in self.cut[index]]
         layers = [int(m.removeprefix("layers.")) for m in modules if m.startswith("layers.")]
         is_last = index == self.topology.last_stage
         hidden = Carry("hidden_states", self.dtype, ("num_tokens", self.layout.hidden_size))
-        return StagePlan(
+        return DecoderStagePlan(
             modules=tuple(unit.name for unit in self.cut[index]),
             layers=(layers[0], layers[-1] + 1) if layers else (0, 0),
             has_embedding="embed_tokens" in modules,
@@ -167,7 +161,7 @@ class _Divider:
             cost=sum(unit.cost for unit in self.cut[index]),
         )
 
-    def rank(self, rank: int) -> RankPlan:
+    def rank(self, rank: int) -> DecoderRankPlan:
         here = self.topology.coordinate(rank)
         splits = self._splits(here.stage)
         heads = self.layout.heads(self.topology.tp_sizes[here.stage])[here.tp_rank]
@@ -177,7 +171,7 @@ class _Divider:
         stage = self.stage(here.stage)
         num_layers = stage.layers[1] - stage.layers[0]
         item_bytes = DTYPE_BYTES[self.dtype]
-        return RankPlan(
+        return DecoderRankPlan(
             rank=rank,
             stage=here.stage,
             tp_rank=here.tp_rank,
@@ -202,7 +196,7 @@ class _Divider:
         here = [rule for rule in self.rules if _in(rule, modules)]
         return [rule for rule in here if not (rule.tied and "embed_tokens" in modules)]
 
-    def _activation_bytes(self, rank: int, stage: StagePlan) -> int:
+    def _activation_bytes(self, rank: int, stage: DecoderStagePlan) -> int:
         """Bytes alive at once in one step, an upper estimate for the eager kernels.
 
         Three buffers of (tokens, hidden) and two in float32 of a norm; the larger of attention and

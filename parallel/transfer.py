@@ -11,13 +11,13 @@ import torch
 import torch.distributed as dist
 
 from parallel.context import ParallelContext
-from parallel.plan import ShardPlan
+from parallel.decoder_plan import DecoderPlan
 
 
 class CarryTransfer:
     """This rank's ends of the boundaries before and after its stage."""
 
-    def __init__(self, context: ParallelContext, plan: ShardPlan) -> None:
+    def __init__(self, context: ParallelContext, plan: DecoderPlan) -> None:
         """Allocate a receive buffer of `max_num_batched_tokens` rows for every incoming carry."""
         stage = context.coordinate.stage
         self._source = context.topology.carry_source(context.rank)

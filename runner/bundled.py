@@ -10,16 +10,30 @@ from typing import Literal
 from parallel.errors import ConfigError, IncompatibleError, ParityError
 from runner.bundle.bundle import Bundle
 from runner.bundle.host import Host
+from runner.bundle.layout import MODEL
 from runner.config.load import load
 from runner.config.schema import RunnerConfig
-from runner.planning import Job
+from runner.graph_planning import GraphJob
+from runner.job import Job
+from runner.planning import DecoderJob
 
-AT_RUN_TIME = (
-    "compile.enforce_eager",
-    "distributed.",
-    "kv_cache.gpu_memory_utilization",
-    "scheduler.max_num_seqs",
-)
+AT_RUN_TIME = {
+    "decoder": (
+        "compile.enforce_eager",
+        "distributed.",
+        "kv_cache.gpu_memory_utilization",
+        "scheduler.max_num_seqs",
+    ),
+    "graph": (
+        "compile.enforce_eager",
+        "distributed.",
+        "model.preprocess.",
+        "scheduler.max_queue_delay_ms",
+        "scheduler.max_queue_size",
+        "scheduler.preferred_batch_size",
+        "tiling",
+    ),
+}
 """Keys, or the beginnings of keys, that do not change what was compiled."""
 
 
@@ -44,12 +58,13 @@ def open_job(
         ConfigError: an override of what was compiled.
     """
     bundle = Bundle.open(path)
+    allowed = AT_RUN_TIME[bundle.plan.kind]
     for override in overrides:
         key = override.partition("=")[0].strip()
-        if not key.startswith(AT_RUN_TIME):
+        if not key.startswith(allowed):
             raise ConfigError(
                 f"--set {key} would change what was compiled; with --bundle, set "
-                f"{', '.join(AT_RUN_TIME)}, or compile again"
+                f"{', '.join(allowed)}, or compile again"
             )
     parity = bundle.manifest.parity
     if parity.get("passed") is not True and not accept_parity:
@@ -57,9 +72,12 @@ def open_job(
             f"{path}: {parity.get('reason')}; compile again, or run it with --accept-parity"
         )
     base = dict(bundle.manifest.config)
-    base["model"] = {**base["model"], "path": str(bundle.model_folder)}
+    # The folder of the model's files, or one of them.
+    below = Path(base["model"]["path"]).relative_to(MODEL)
+    base["model"] = {**base["model"], "path": str(bundle.model_folder / below)}
     config = load(None, base=base, overrides=overrides).config
-    _check_num_seqs(config, bundle)
+    if bundle.plan.kind == "decoder":
+        _check_num_seqs(config, bundle)
     here = _host(config, bundle)
     try:
         bundle.check_host(here)
@@ -67,9 +85,15 @@ def open_job(
         if on_mismatch == "fail":
             raise
         base["parallel"] = {**base["parallel"], "device": here.device}
-        job = Job.from_bundle(bundle, load(None, base=base, overrides=overrides).config)
+        job = _job_of(bundle, load(None, base=base, overrides=overrides).config)
         return replace(job, on_mismatch=on_mismatch)
-    return Job.from_bundle(bundle, config)
+    return _job_of(bundle, config)
+
+
+def _job_of(bundle: Bundle, config: RunnerConfig) -> Job:
+    kind: type[DecoderJob] | type[GraphJob]
+    kind = DecoderJob if bundle.plan.kind == "decoder" else GraphJob
+    return kind.from_bundle(bundle, config)
 
 
 def _check_num_seqs(config: RunnerConfig, bundle: Bundle) -> None:

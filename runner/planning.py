@@ -1,4 +1,4 @@
-"""From a configuration, or a bundle, to a job: the model, and the `ShardPlan` that divides it.
+"""From a configuration, or a bundle, to a job: the model, and the `DecoderPlan` that divides it.
 
 Runs in every process and needs neither torch nor a device, so that a user's mistake is found before
 any rank is started.
@@ -7,38 +7,31 @@ any rank is started.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
+from parallel.decoder_plan import DecoderPlan
 from parallel.fit import Budget
-from parallel.plan import ShardPlan
 from parallel.planner import Limits, make_plan
 from parallel.topology import Topology
 from runner.bundle.bundle import Bundle
 from runner.compiler.buckets import buckets_of
 from runner.config.schema import RunnerConfig
+from runner.job import Job
 from runner.models.spec import ModelSpec
 
 if TYPE_CHECKING:
     import torch
 
 
-@dataclass(frozen=True)
-class Job:
-    """What every rank of a job knows before it starts.
+@dataclass(frozen=True, kw_only=True)
+class DecoderJob(Job):
+    """A language model, divided."""
 
-    Attributes:
-        bundle: what it runs from; None: from the model's own folder.
-        on_mismatch: what runs instead of the bundle's artefacts, where they are for another host.
-    """
-
-    config: RunnerConfig
+    plan: DecoderPlan
     spec: ModelSpec
-    plan: ShardPlan
-    bundle: Bundle | None = None
-    on_mismatch: Literal["rebuild", "eager"] | None = None
 
     @classmethod
-    def prepare(cls, config: RunnerConfig) -> "Job":
+    def prepare(cls, config: RunnerConfig) -> "DecoderJob":
         """Read the model's headers and divide it.
 
         Raises:
@@ -46,10 +39,10 @@ class Job:
             IntegrityError: a file of the model is absent, truncated, corrupt or does not match.
         """
         spec = ModelSpec.open(Path(config.model.path), load_format=config.model.load_format)
-        return cls(config, spec, plan_of(config, spec))
+        return cls(config=config, spec=spec, plan=plan_of(config, spec))
 
     @classmethod
-    def from_bundle(cls, bundle: Bundle, config: RunnerConfig) -> "Job":
+    def from_bundle(cls, bundle: Bundle, config: RunnerConfig) -> "DecoderJob":
         """Run what `shardline compile` made.
 
         Args:
@@ -59,7 +52,8 @@ class Job:
             IntegrityError: the bundle does not hold together.
         """
         spec = ModelSpec.open(bundle.model_folder, load_format="dummy")
-        return cls(config, spec, bundle.plan, bundle)
+        assert isinstance(bundle.plan, DecoderPlan), "whoever calls this has looked"
+        return cls(config=config, spec=spec, plan=bundle.plan, bundle=bundle)
 
     @property
     def has_random_weights(self) -> bool:
@@ -71,16 +65,6 @@ class Job:
         """Numbers of tokens that compiled steps are padded to."""
         limit = self.config.scheduler.max_num_batched_tokens
         return buckets_of(self.config.compile.buckets, limit)
-
-    @property
-    def device_type(self) -> Literal["cpu", "cuda"]:
-        """Where the ranks run; auto is cuda where a GPU is usable."""
-        wanted = self.config.parallel.device
-        if wanted != "auto":
-            return wanted
-        import torch
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
 
     def weights(
         self, rank: int, *, dtype: "torch.dtype", device: "torch.device"
@@ -110,7 +94,7 @@ def topology_of(config: RunnerConfig) -> Topology:
     return Topology.of(config.parallel.tensor_parallel_sizes, config.parallel.devices)
 
 
-def plan_of(config: RunnerConfig, spec: ModelSpec) -> ShardPlan:
+def plan_of(config: RunnerConfig, spec: ModelSpec) -> DecoderPlan:
     """Divide a model as the configuration says.
 
     Raises:

@@ -13,10 +13,10 @@ import torch
 from runner.bench.measure import device_of
 from runner.observe.nvml import read_inventory
 from runner.observe.software import read_software
-from runner.planning import Job
+from runner.planning import DecoderJob
 
 
-def read_environment(job: Job) -> dict[str, Any]:
+def read_environment(job: DecoderJob) -> dict[str, Any]:
     """Plain JSON types; null where something is not there or not known."""
     software = read_software()
     on_gpu = device_of(job).type == "cuda"

@@ -9,7 +9,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from parallel.plan import DTYPE_BYTES, RankPlan, ShardPlan, StagePlan
+from parallel.decoder_plan import DecoderPlan, DecoderRankPlan, DecoderStagePlan
+from parallel.plan import DTYPE_BYTES
 from runner.bench.workload import Workload
 from runner.models.config import DecoderConfig
 
@@ -87,7 +88,7 @@ class RankWeights:
     row: int
 
 
-def weights_of(rank: RankPlan, stage: StagePlan) -> RankWeights:
+def weights_of(rank: DecoderRankPlan, stage: DecoderStagePlan) -> RankWeights:
     """Sort a rank's parameters by their use; an embedding that is the head, too, is read whole."""
     counts = {tensor.name: math.prod(tensor.shape) for tensor in rank.tensors}
     head = "lm_head.weight" if "lm_head.weight" in counts else "embed_tokens.weight"
@@ -105,7 +106,7 @@ def weights_of(rank: RankPlan, stage: StagePlan) -> RankWeights:
 class WorkCount:
     """The work of a workload on each rank of a plan."""
 
-    plan: ShardPlan
+    plan: DecoderPlan
     config: DecoderConfig
     workload: Workload
 
@@ -127,7 +128,7 @@ class WorkCount:
             for rank in self.plan.ranks
         ]
 
-    def _prefill(self, rank: RankPlan) -> Work:
+    def _prefill(self, rank: DecoderRankPlan) -> Work:
         load, weights = self.workload, weights_of(rank, self._stage(rank))
         tokens = load.num_requests * load.input_len
         attended = load.num_requests * self._attended(rank, 1, load.input_len)
@@ -137,7 +138,7 @@ class WorkCount:
             2 * products + attended * self._flops_per_key(rank),
         )
 
-    def _decode(self, rank: RankPlan, *, num_weight_reads: int, share: float) -> Work:
+    def _decode(self, rank: DecoderRankPlan, *, num_weight_reads: int, share: float) -> Work:
         """All decoding of a round.
 
         Args:
@@ -155,23 +156,23 @@ class WorkCount:
             + attended * self._flops_per_key(rank),
         )
 
-    def _attended(self, rank: RankPlan, first: int, last: int) -> int:
+    def _attended(self, rank: DecoderRankPlan, first: int, last: int) -> int:
         """Keys seen by the tokens at positions `first` to `last` of a sequence (1 is the first
         token), in all layers of the rank.
         """
         start, stop = self._stage(rank).layers
         return sum(attended(first, last, window) for window in self.config.windows[start:stop])
 
-    def _flops_per_key(self, rank: RankPlan) -> int:
+    def _flops_per_key(self, rank: DecoderRankPlan) -> int:
         """A query times a key, and a probability times a value, for every query head."""
         return 4 * self.config.head_dim * rank.heads.num_query
 
-    def _kv_bytes(self, rank: RankPlan) -> float:
+    def _kv_bytes(self, rank: DecoderRankPlan) -> float:
         """Key and value of one token in one layer."""
         start, stop = self._stage(rank).layers
         return rank.kv_bytes_per_token / max(1, stop - start)
 
-    def _stage(self, rank: RankPlan) -> StagePlan:
+    def _stage(self, rank: DecoderRankPlan) -> DecoderStagePlan:
         return self.plan.stages[rank.stage]
 
     @property
@@ -195,7 +196,7 @@ def attended(first: int, last: int, window: int | None) -> int:
     return attended(first, window, None) + window * (last - window)
 
 
-def floor_of(plan: ShardPlan, works: Sequence[Work], limits: DeviceLimits) -> Floor:
+def floor_of(plan: DecoderPlan, works: Sequence[Work], limits: DeviceLimits) -> Floor:
     """The ranks of a stage work at once, the stages one after the other: the slowest rank of each
     stage counts.
     """

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import torch
 
 from runner.bench.floor import DeviceLimits
-from runner.planning import Job
+from runner.planning import DecoderJob
 
 _BUFFER_BYTES = {"cuda": 4 * 2**30, "cpu": 2**28}
 _MATMUL_SIZE = {"cuda": 8192, "cpu": 1024}
@@ -16,7 +16,7 @@ _DURATION_S = 0.5
 _MIN_LOOKS = 3
 
 
-def device_of(job: Job) -> torch.device:
+def device_of(job: DecoderJob) -> torch.device:
     """The device of rank 0, in its process or another."""
     if job.device_type == "cpu":
         return torch.device("cpu")

@@ -10,14 +10,14 @@ from runner.bench.rounds import Repeat, Round
 from runner.bench.startup import Start
 from runner.bench.stats import TOLERANCE, summarize
 from runner.bench.workload import Workload
-from runner.planning import Job
+from runner.planning import DecoderJob
 
 _GIGA, _TERA, _MS = 1e9, 1e12, 1e3
 
 
 def make_report(
     benchmark: str,
-    job: Job,
+    job: DecoderJob,
     *,
     command: Sequence[str],
     environment: dict[str, Any],
@@ -135,7 +135,7 @@ def _limits(limits: DeviceLimits) -> dict[str, Any]:
     }
 
 
-def _model(job: Job) -> dict[str, Any]:
+def _model(job: DecoderJob) -> dict[str, Any]:
     plan, config = job.plan, job.config
     return {
         "path": config.model.path,

@@ -6,8 +6,8 @@ Prompts are random token ids, and no token ends a completion.
 import random
 from dataclasses import dataclass
 
+from parallel.decoder_plan import DecoderPlan
 from parallel.errors import ConfigError
-from parallel.plan import ShardPlan
 from runner.engine.request import Request
 
 
@@ -29,7 +29,7 @@ class Workload:
         """Tokens of one sequence when it is complete."""
         return self.input_len + self.output_len
 
-    def check(self, plan: ShardPlan) -> None:
+    def check(self, plan: DecoderPlan) -> None:
         """Raises ConfigError: the sequences are longer than the job allows."""
         if self.length > plan.max_model_len:
             raise ConfigError(

@@ -8,12 +8,12 @@ the same weights uncompiled (`runner.build.whole_parity`).
 
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
-from typing import Any
+from dataclasses import dataclass
 
 import torch
 
 from runner.build.agreement import cosine_of, errors_of, gain_of
+from runner.build.recipe import Verdict
 from runner.build.reference import EMBEDDING, HEAD, Reference, Unit
 from runner.build.sharing import barrier, gather
 from runner.build.whole_parity import WholeParity, compare_whole
@@ -24,7 +24,7 @@ from runner.engine.scheduler import Scheduled
 from runner.engine.sequence import Sequence as TokenSequence
 from runner.engine.stage_runner import StageRunner
 from runner.models.part import Execute
-from runner.planning import Job
+from runner.planning import DecoderJob
 
 _WIDE = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
@@ -54,21 +54,29 @@ class UnitParity:
 
 
 @dataclass(frozen=True)
-class ParityReport:
-    """What was compared, and whether it is within the bounds of the configuration.
+class ParityReport(Verdict):
+    """What was compared, and whether it is within the bounds of the configuration."""
 
-    Attributes:
-        passed: false where nothing was compared, too.
-        reason: what failed first, or why something was not compared; empty if all is well.
-    """
-
-    passed: bool
-    reason: str
     units: tuple[UnitParity, ...] = ()
     whole: WholeParity | None = None
 
-    def to_dict(self) -> dict[str, Any]:
-        return asdict(self)
+    def line(self) -> str:
+        """The comparison in a line."""
+        if not self.passed:
+            return f"parity: {'FAILED: ' if self.whole else ''}{self.reason}"
+        parts = ["parity: passed"]
+        if self.units:
+            worst = min(self.units, key=lambda unit: unit.cosine)
+            parts.append(
+                f"smallest cosine of a layer's contribution {worst.cosine:.6f} "
+                f"({worst.name} at {worst.num_tokens} tokens)"
+            )
+        if self.whole:
+            whole = self.whole
+            parts.append(
+                f"top-1 {whole.top1:.3f}, KL {whole.kl:.2g} over {whole.num_positions} positions"
+            )
+        return "; ".join(parts)
 
 
 @dataclass(frozen=True)
@@ -114,7 +122,7 @@ class Recorder:
         self._next += 1
 
 
-def compare(job: Job, runner: StageRunner) -> ParityReport:
+def compare(job: DecoderJob, runner: StageRunner) -> ParityReport:
     """Run the compiled stages together and judge them; every rank gets the whole report.
 
     Args:
@@ -148,7 +156,7 @@ def _place(unit: UnitParity) -> tuple[float, int]:
     return place, unit.num_tokens
 
 
-def _sequences(job: Job, num_tokens: int) -> list[list[int]]:
+def _sequences(job: DecoderJob, num_tokens: int) -> list[list[int]]:
     """So many tokens as prompts that each fit into the model."""
     longest = job.plan.max_model_len
     generator = torch.Generator().manual_seed(num_tokens)
@@ -208,7 +216,7 @@ def _places(name: str, runner: StageRunner) -> tuple[int | None, int | None]:
 
 
 def _units(
-    job: Job, runner: StageRunner, steps: Sequence[Step], bounds: ParityConfig
+    job: DecoderJob, runner: StageRunner, steps: Sequence[Step], bounds: ParityConfig
 ) -> Iterator[UnitParity]:
     """This rank's share of its stage's units."""
     context = runner.context

@@ -7,13 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 
 from parallel.collectives import Group
-from parallel.plan import RankPlan, ShardPlan, StagePlan
+from parallel.decoder_plan import DecoderPlan, DecoderRankPlan, DecoderStagePlan
 from parallel.random_weights import random_weights
 from parallel.weights import stream
 from runner.models.attention import GatherAttention
 from runner.models.batch import Batch
 from runner.models.decoder import DecoderStage
-from runner.planning import Job, plan_of, with_sizes
+from runner.planning import DecoderJob, plan_of, with_sizes
 
 EMBEDDING, HEAD = "embedding", "head"
 
@@ -22,12 +22,12 @@ EMBEDDING, HEAD = "embedding", "head"
 class Reference:
     """Makes single units of the undivided model on a device, in any dtype."""
 
-    job: Job
-    plan: ShardPlan
+    job: DecoderJob
+    plan: DecoderPlan
     device: torch.device
 
     @classmethod
-    def of(cls, job: Job, device: torch.device) -> "Reference":
+    def of(cls, job: DecoderJob, device: torch.device) -> "Reference":
         return cls(job, plan_of(with_sizes(job.config, tp_size=1, pp_size=1), job.spec), device)
 
     def unit(self, name: str, weights: dict[str, torch.Tensor], dtype: torch.dtype) -> "Unit":
@@ -55,7 +55,7 @@ class Reference:
             found["lm_head.weight"] = found.pop("embed_tokens.weight")
         return found
 
-    def _read(self, part: RankPlan) -> list[tuple[str, torch.Tensor]]:
+    def _read(self, part: DecoderRankPlan) -> list[tuple[str, torch.Tensor]]:
         dtype = getattr(torch, self.job.plan.dtype)
         if self.job.has_random_weights:
             return list(random_weights(part, dtype=dtype, device=self.device))
@@ -69,7 +69,7 @@ class Reference:
             return ("norm.", "embed_tokens." if self.job.spec.config.tied else "lm_head.")
         return (f"{name}.",)
 
-    def _stage_plan(self, name: str) -> StagePlan:
+    def _stage_plan(self, name: str) -> DecoderStagePlan:
         index = int(name.partition(".")[2] or 0)
         is_layer = name not in (EMBEDDING, HEAD)
         return replace(

@@ -17,16 +17,17 @@ from parallel.collectives import Group
 from runner.build.built import Built
 from runner.build.choice import NAMED
 from runner.build.compile import Destination, Outcome
-from runner.build.contents import publish, source_of, write_weights
-from runner.build.parity import ParityReport
+from runner.build.contents import publish, source_of
 from runner.build.progress import Progress
-from runner.build.worklist import Work, stages_of, worklist
+from runner.build.recipe import Recipe, Verdict, recipe_of
+from runner.build.worklist import Work
 from runner.bundle.builder import BundleBuilder
 from runner.bundle.host import Host
 from runner.bundle.manifest import Candidate
+from runner.bundle.source import source_digest
 from runner.compiler.backend import artefact_key
 from runner.compiler.tensorrt_target import BuildJob, TensorRTTargetBackend
-from runner.planning import Job
+from runner.job import Job
 
 _TRACED_ON = "cpu"
 """PyTorch may be one without CUDA; engines are built for the target all the same."""
@@ -56,19 +57,19 @@ def compile_for_target(job: Job, destination: Destination, gpu: str) -> Outcome:
     """
     backend = TensorRTTargetBackend(gpu)
     backend.fingerprint()
-    source = source_of(job, Group.alone())
-    parity = ParityReport(False, f"not compared: built for {gpu} without a device")
-    with destination.lead(job) as builder:
+    recipe = recipe_of(job)
+    source = source_of(recipe.source_files, Group.alone())
+    verdict = Verdict(False, f"not compared: built for {gpu} without a device")
+    with destination.lead(recipe) as builder:
         for rank_plan in job.plan.ranks:
-            write_weights(job, rank_plan.rank, builder, source)
-        built = _build(job, builder, backend)
-        publish(job, builder, Host.of_target(gpu), source, built, parity)
-    return Outcome(tuple(built), parity)
+            recipe.write_weights(rank_plan.rank, builder, source=source_digest(source))
+        built = _build(recipe, builder, backend)
+        publish(recipe, builder, Host.of_target(gpu), source, built, verdict)
+    return Outcome(tuple(built), verdict)
 
 
-def _build(job: Job, builder: BundleBuilder, backend: TensorRTTargetBackend) -> list[Built]:
-    todo = worklist(stages_of(job), job.buckets, job.config.scheduler.max_num_seqs)
-    orders = [_order(work, backend) for work in todo]
+def _build(recipe: Recipe, builder: BundleBuilder, backend: TensorRTTargetBackend) -> list[Built]:
+    orders = [_order(work, backend) for work in recipe.works()]
     missing: dict[str, Order] = {}
     progress = Progress(0, len(orders))
     for order in orders:

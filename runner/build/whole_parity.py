@@ -14,7 +14,7 @@ from runner.engine.scheduler import Scheduled
 from runner.engine.sequence import Sequence
 from runner.engine.stage_runner import StageRunner
 from runner.models.part import Execute
-from runner.planning import Job
+from runner.planning import DecoderJob
 
 _NUM_DECODED = 8
 """The last positions run one by one, as in decoding."""
@@ -43,7 +43,7 @@ class WholeParity:
         )
 
 
-def compare_whole(job: Job, runner: StageRunner, bounds: ParityConfig) -> WholeParity:
+def compare_whole(job: DecoderJob, runner: StageRunner, bounds: ParityConfig) -> WholeParity:
     """Feed the same tokens to both, in chunks and one by one; every rank gets the answer."""
     context = runner.context
     if job.has_random_weights:

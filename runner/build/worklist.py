@@ -14,7 +14,7 @@ from runner.engine.loading import make_stage
 from runner.models.attention import GatherAttention
 from runner.models.decoder import DecoderStage
 from runner.models.part import Part
-from runner.planning import Job
+from runner.planning import DecoderJob
 
 _Shapes = tuple[str, tuple[TensorSpec, ...], tuple[tuple[str, TensorSpec], ...]]
 
@@ -71,7 +71,7 @@ def rows_of(part: Part, buckets: tuple[int, ...], max_num_seqs: int) -> tuple[in
     return buckets[: len(needed) + 1]
 
 
-def stages_of(job: Job) -> Iterator[DecoderStage]:
+def stages_of(job: DecoderJob) -> Iterator[DecoderStage]:
     """The stages of all ranks, on the meta device."""
     topology = job.plan.topology
     for rank in range(topology.world_size):

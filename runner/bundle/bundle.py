@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from parallel.errors import IncompatibleError, IntegrityError
 from parallel.plan import RankPlan, ShardPlan
+from parallel.plans import read_plan
 from runner.bundle import layout
 from runner.bundle.files import Fault, find_faults, find_misfits, list_files
 from runner.bundle.host import Host, check_host
@@ -212,7 +213,7 @@ def _check_folder(path: Path) -> None:
 def _read_plan(path: Path, manifest: Manifest) -> ShardPlan:
     """The plan, which must be the one whose digest the manifest and every rank's file name."""
     try:
-        plan = ShardPlan.from_dict(manifest.plan)
+        plan = read_plan(manifest.plan)
         if plan.digest() != manifest.plan_digest:
             raise IntegrityError(
                 f"plan has the digest {plan.digest()}, plan_digest is {manifest.plan_digest}"

@@ -31,7 +31,7 @@ from runner.bundle.layout import (
 from runner.bundle.source import SourceFile
 from runner.config.json_file import read_json_object
 
-SCHEMA = 1
+SCHEMA = 2
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 

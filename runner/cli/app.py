@@ -20,6 +20,7 @@ from runner.cli.generate import generate
 from runner.cli.import_model import import_model
 from runner.cli.inspect import inspect
 from runner.cli.plan import plan
+from runner.cli.run import run
 
 app = typer.Typer(
     name="shardline",
@@ -51,6 +52,7 @@ app.command("import")(import_model)
 app.command("plan")(plan)
 app.command("compile")(compile_model)
 app.command("generate")(generate)
+app.command("run")(run)
 app.command("inspect")(inspect)
 app.add_typer(bench, name="bench")
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from runner.bench.front import RoundsFront
     from runner.bench.rounds import Repeat, Round
     from runner.bench.workload import Workload
-    from runner.planning import Job
+    from runner.planning import DecoderJob
 
 bench = typer.Typer(
     help="Measure latency, throughput or start-up.", no_args_is_help=True, rich_markup_mode=None
@@ -40,10 +40,10 @@ Output = Annotated[
 
 
 @bench.command("latency")
-@with_job_options
+@with_job_options("decoder")
 def latency(
     *,
-    job: "Job",
+    job: "DecoderJob",
     batch_size: Annotated[
         int, typer.Option("--batch-size", min=1, help="Requests that run together.")
     ] = 1,
@@ -74,10 +74,10 @@ def latency(
 
 
 @bench.command("throughput")
-@with_job_options
+@with_job_options("decoder")
 def throughput(
     *,
-    job: "Job",
+    job: "DecoderJob",
     num_requests: Annotated[
         int, typer.Option("--num-requests", min=1, help="Requests that are sent at once.")
     ] = 256,
@@ -99,10 +99,10 @@ def throughput(
 
 
 @bench.command("startup")
-@with_job_options
+@with_job_options("decoder")
 def startup(
     *,
-    job: "Job",
+    job: "DecoderJob",
     starts: Annotated[
         int, typer.Option("--starts", min=1, help="How often the command is started.")
     ] = 3,
@@ -134,7 +134,7 @@ def _decode_or_prefill(round_: "Round") -> float:
 
 def _run_rounds(
     benchmark: str,
-    job: "Job",
+    job: "DecoderJob",
     workload: "Workload",
     repeat: "Repeat",
     result_of: Callable[..., dict[str, Any]],
@@ -152,7 +152,7 @@ def _run_rounds(
         _finish(benchmark, job, workload, front.limits, result, as_json, output)
 
 
-def _rounds_front(job: "Job", workload: "Workload", repeat: "Repeat") -> "RoundsFront":
+def _rounds_front(job: "DecoderJob", workload: "Workload", repeat: "Repeat") -> "RoundsFront":
     from runner.bench.front import RoundsFront
 
     def measure() -> Any:
@@ -172,7 +172,7 @@ def _rounds_front(job: "Job", workload: "Workload", repeat: "Repeat") -> "Rounds
 
 
 def _run_starts(
-    job: "Job", workload: "Workload", starts: int, as_json: bool, output: Path | None
+    job: "DecoderJob", workload: "Workload", starts: int, as_json: bool, output: Path | None
 ) -> None:
     from parallel.launch import adopt
     from runner.bench.report import startup_result
@@ -188,7 +188,7 @@ def _run_starts(
     _finish("startup", job, workload, None, result, as_json, output)
 
 
-def _tell_first_token(job: "Job", workload: "Workload") -> None:
+def _tell_first_token(job: "DecoderJob", workload: "Workload") -> None:
     from runner.bench.startup import FirstTokenFront
 
     def make_front() -> FirstTokenFront:
@@ -213,7 +213,7 @@ def _check_writable(output: Path | None) -> None:
 
 def _finish(
     benchmark: str,
-    job: "Job",
+    job: "DecoderJob",
     workload: "Workload",
     limits: Any,
     result: dict[str, Any],

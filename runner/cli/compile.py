@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from runner.build.compile import Outcome
     from runner.config.load import LoadedConfig
     from runner.config.schema import RunnerConfig
-    from runner.planning import Job
+    from runner.job import Job
 
 
 @with_model_options
@@ -54,11 +54,11 @@ def compile_model(
     from runner.bundle.layout import MANIFEST
     from runner.bundle.replacement import check_target
     from runner.cli.compile_text import summary
-    from runner.planning import Job
+    from runner.jobs import prepare
 
     if target is not None:
         _check_may_target(target, loaded.config, no_run=no_run)
-    job = Job.prepare(loaded.config)
+    job = prepare(loaded.config)
     check_target(output.resolve(), overwrite=overwrite)
     for bundle in reuse_from or ():
         if not (bundle / MANIFEST).is_file():
@@ -118,6 +118,7 @@ def _check_can_build(job: "Job") -> None:
     from runner.compiler.backends import check_backend
     from runner.compiler.buckets import buckets_of
 
-    buckets_of(job.config.compile.buckets, job.config.scheduler.max_num_batched_tokens)
+    if job.plan.kind == "decoder":
+        buckets_of(job.config.compile.buckets, job.config.scheduler.max_num_batched_tokens)
     if job.config.compile.backend != "auto":
         check_backend(job.config.compile.backend, job.device_type)

@@ -8,7 +8,6 @@ from runner.cli.table import plural, table
 if TYPE_CHECKING:
     from runner.build.built import Built
     from runner.build.compile import Outcome
-    from runner.build.parity import ParityReport
 
 _COLUMNS = ("segment", "rows>", "backend", "ops in TensorRT>", "us>", "build s>", "bytes>", "ranks")
 
@@ -26,29 +25,10 @@ def summary(outcome: "Outcome", output: Path) -> str:
             f"{plural(len(unique), 'artefact')}, {len(made)} built in "
             f"{sum(b.seconds for b in built):.1f} s of work, {sum(b.num_bytes for b in unique):,} "
             "bytes",
-            parity_line(outcome.parity),
+            outcome.parity.line(),
             str(output),
         ]
     )
-
-
-def parity_line(parity: "ParityReport") -> str:
-    """The comparison in a line."""
-    if not parity.passed:
-        return f"parity: {'FAILED: ' if parity.whole else ''}{parity.reason}"
-    parts = ["parity: passed"]
-    if parity.units:
-        worst = min(parity.units, key=lambda unit: unit.cosine)
-        parts.append(
-            f"smallest cosine of a layer's contribution {worst.cosine:.6f} "
-            f"({worst.name} at {worst.num_tokens} tokens)"
-        )
-    if parity.whole:
-        whole = parity.whole
-        parts.append(
-            f"top-1 {whole.top1:.3f}, KL {whole.kl:.2g} over {whole.num_positions} positions"
-        )
-    return "; ".join(parts)
 
 
 def _row(built: "Built") -> list[str]:

@@ -12,7 +12,7 @@ from runner.cli.ranks import run_job
 if TYPE_CHECKING:
     from runner.engine.completion import BatchFront
     from runner.engine.request import SamplingParams
-    from runner.planning import Job
+    from runner.planning import DecoderJob
     from runner.text.generation_config import GenerationDefaults
     from runner.text.tokenizer import Tokenizer
 
@@ -20,10 +20,10 @@ if TYPE_CHECKING:
 DEFAULT_MAX_TOKENS = 256
 
 
-@with_job_options
+@with_job_options("decoder")
 def generate(
     *,
-    job: "Job",
+    job: "DecoderJob",
     prompt: Annotated[
         list[str], typer.Option("--prompt", help="Text to continue; may be given several times.")
     ],
@@ -78,7 +78,7 @@ def generate(
 
 
 def _front(
-    job: "Job",
+    job: "DecoderJob",
     prompts: Sequence[str],
     chat: bool,
     max_tokens: int | None,
@@ -113,7 +113,7 @@ def _front(
     )
 
 
-def _encode(job: "Job", tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
+def _encode(job: "DecoderJob", tokenizer: "Tokenizer", prompt: str, chat: bool) -> list[int]:
     if not chat:
         return tokenizer.encode(prompt)
     from runner.text.chat import ChatTemplate

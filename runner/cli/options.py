@@ -5,9 +5,9 @@ both.
 import inspect
 from collections.abc import Callable
 from enum import StrEnum
-from functools import wraps
+from functools import partial, wraps
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 
@@ -15,7 +15,13 @@ from parallel.errors import ConfigError
 
 if TYPE_CHECKING:
     from runner.config.load import LoadedConfig
-    from runner.planning import Job
+    from runner.job import Job
+
+
+_WHAT_RUNS = {
+    "decoder": "is a language model; use shardline generate, or shardline bench",
+    "graph": "is a tensor model; use shardline run",
+}
 
 
 class OnMismatch(StrEnum):
@@ -32,7 +38,7 @@ def _model_options(
         Path | None, typer.Option("--config", metavar="PLAN.YAML", help="Configuration file.")
     ] = None,
     model: Annotated[
-        str | None, typer.Option("--model", metavar="DIR", help="Local model folder.")
+        str | None, typer.Option("--model", metavar="PATH", help="Local model folder or file.")
     ] = None,
     tensor_parallel_size: Annotated[
         int | None,
@@ -99,12 +105,12 @@ def _job_options(
         ParityError: the bundle failed its check.
         IncompatibleError: the bundle was compiled for another host.
     """
-    from runner.planning import Job
+    from runner.jobs import prepare
 
     if bundle is None and (accept_parity or on_mismatch is not OnMismatch.FAIL):
         raise ConfigError("--accept-parity and --on-mismatch are about a bundle; give --bundle DIR")
     if bundle is None:
-        return Job.prepare(_model_options(**model).config)
+        return prepare(_model_options(**model).config)
     if given := [name for name, value in model.items() if value and name != "overrides"]:
         option = "--" + given[0].replace("_", "-")
         raise ConfigError(
@@ -123,13 +129,28 @@ def _job_options(
 
 def with_model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command these options before its own; it gets them as `loaded: LoadedConfig`."""
-    return _with_options(command, "loaded", _model_options, _parameters(_model_options))
+    return _with_options(
+        command, name="loaded", make=_model_options, shared=_parameters(_model_options)
+    )
 
 
-def with_job_options(command: Callable[..., None]) -> Callable[..., None]:
-    """The same options and `--bundle`; the command gets `job: Job`."""
+def with_job_options(
+    kind: Literal["decoder", "graph"],
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """The same options and `--bundle`; the command gets `job`, a DecoderJob or a GraphJob.
+
+    Raises:
+        ConfigError: the model is of the other kind.
+    """
     shared = {**_parameters(_job_options), **_parameters(_model_options)}
-    return _with_options(command, "job", _job_options, shared)
+
+    def make(**given: Any) -> "Job":
+        job = _job_options(**given)
+        if job.plan.kind != kind:
+            raise ConfigError(f"{job.plan.architecture} {_WHAT_RUNS[job.plan.kind]}")
+        return job
+
+    return partial(_with_options, name="job", make=make, shared=shared)
 
 
 def _parameters(options: Callable[..., Any]) -> dict[str, inspect.Parameter]:
@@ -139,6 +160,7 @@ def _parameters(options: Callable[..., Any]) -> dict[str, inspect.Parameter]:
 
 def _with_options(
     command: Callable[..., None],
+    *,
     name: str,
     make: Callable[..., Any],
     shared: dict[str, inspect.Parameter],

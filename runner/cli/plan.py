@@ -14,8 +14,8 @@ from runner.cli.table import plural
 
 if TYPE_CHECKING:
     from parallel.autoplan import Candidate
+    from parallel.decoder_plan import DecoderPlan
     from parallel.fit import Fit
-    from parallel.plan import ShardPlan
     from runner.config.load import LoadedConfig
 
 _SIZES = ("parallel.tensor_parallel_size", "parallel.pipeline_parallel_size")
@@ -90,7 +90,7 @@ class _Result:
     """What is printed; `candidates` is empty without --auto."""
 
     loaded: "LoadedConfig"
-    plan: "ShardPlan"
+    plan: "DecoderPlan"
     gpus: _Gpus
     fit: "Fit | None"
     candidates: "list[Candidate]" = field(default_factory=list)
@@ -125,9 +125,9 @@ def _find_gpus(device: str) -> _Gpus:
 
 def _prepare(loaded: "LoadedConfig", gpus: _Gpus) -> _Result:
     from parallel.fit import fit_of
-    from runner.planning import Job, budget_of
+    from runner.planning import DecoderJob, budget_of
 
-    made = Job.prepare(loaded.config).plan
+    made = DecoderJob.prepare(loaded.config).plan
     fit = fit_of(made, budget_of(loaded.config, gpus.memory_bytes)) if gpus.memory_bytes else None
     return _Result(loaded, made, gpus, fit)
 
@@ -224,7 +224,7 @@ def _candidate(candidate: "Candidate", result: _Result) -> dict[str, Any]:
     return candidate.to_dict() | {"chosen": candidate is result.chosen}
 
 
-def _draw(plan: "ShardPlan", file: Path) -> None:
+def _draw(plan: "DecoderPlan", file: Path) -> None:
     from runner.cli.plan_svg import draw
 
     try:

@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from xml.etree import ElementTree as ET
 
+from parallel.decoder_plan import DecoderPlan, DecoderRankPlan, DecoderStagePlan
 from parallel.fit import format_bytes
-from parallel.plan import RankPlan, ShardPlan, StagePlan
 from runner.cli.plan_text import condense, headline, span
 from runner.cli.svg_shapes import FONT, rect, text, width_of
 from runner.cli.table import plural
@@ -28,12 +28,12 @@ _TOP, _LINE, _SHARE_SIZE = 118, 17, 11.5
 class _Frame:
     """Where things stand, in pixels."""
 
-    plan: ShardPlan
+    plan: DecoderPlan
     panel_width: float
     header_height: float
 
     @classmethod
-    def around(cls, plan: ShardPlan) -> "_Frame":
+    def around(cls, plan: DecoderPlan) -> "_Frame":
         stages = len(plan.stages)
         room = _MIN_WIDTH - 2 * _MARGIN - (stages - 1) * _GAP
         longest = max(width_of(_share(plan, rank), _SHARE_SIZE) for rank in plan.ranks)
@@ -67,7 +67,7 @@ class _Frame:
         return self.panel_x(here.stage) + _PAD, y
 
 
-def draw(plan: ShardPlan) -> str:
+def draw(plan: DecoderPlan) -> str:
     """The SVG document."""
     frame = _Frame.around(plan)
     size = {"width": f"{frame.width:g}", "height": f"{frame.height:g}"}
@@ -93,7 +93,7 @@ def draw(plan: ShardPlan) -> str:
     return ET.tostring(root, encoding="unicode") + "\n"
 
 
-def _parts(plan: ShardPlan, rank: RankPlan) -> tuple[int, int, int]:
+def _parts(plan: DecoderPlan, rank: DecoderRankPlan) -> tuple[int, int, int]:
     """Bytes of weights, activations and the KV cache of one sequence of the plan's length."""
     kv_bytes = rank.kv_bytes_per_token * plan.max_model_len
     return rank.weight_bytes, rank.activation_bytes, kv_bytes
@@ -138,7 +138,7 @@ def _stage(root: ET.Element, frame: _Frame, index: int) -> None:
         text(group, x + _PAD, _TOP + 44 + line * _LINE, content, inner, size=12)
 
 
-def _module_lines(stage: StagePlan, width: float) -> list[str]:
+def _module_lines(stage: DecoderStagePlan, width: float) -> list[str]:
     """The stage's modules, filled into lines of `width` pixels."""
     lines = [""]
     for module in condense(stage.modules):
@@ -151,7 +151,7 @@ def _module_lines(stage: StagePlan, width: float) -> list[str]:
     return lines
 
 
-def _rank(root: ET.Element, frame: _Frame, rank: RankPlan, *, scale: float) -> None:
+def _rank(root: ET.Element, frame: _Frame, rank: DecoderRankPlan, *, scale: float) -> None:
     x, y = frame.card(rank.rank)
     width, inner = frame.panel_width - 2 * _PAD, frame.bar_width
     sizes = _parts(frame.plan, rank)
@@ -174,7 +174,7 @@ def _rank(root: ET.Element, frame: _Frame, rank: RankPlan, *, scale: float) -> N
         text(group, at + 12, y + 85, format_bytes(size), step - 12, size=11)
 
 
-def _share(plan: ShardPlan, rank: RankPlan) -> str:
+def _share(plan: DecoderPlan, rank: DecoderRankPlan) -> str:
     """What is cut for this rank: heads and MLP columns, or else its rows of the vocabulary."""
     first, stop = plan.stages[rank.stage].layers
     if first == stop:
@@ -214,11 +214,11 @@ def _carries(root: ET.Element, frame: _Frame, stage: int) -> None:
         ET.SubElement(root, "path", d=curve, fill="none", stroke=_FAINT, attrib=attributes)
 
 
-def _carry_lines(stage: StagePlan) -> Iterator[str]:
+def _carry_lines(stage: DecoderStagePlan) -> Iterator[str]:
     for carry in stage.carries:
         yield carry.name
         yield f"({', '.join(map(str, carry.shape))})"
-        yield f"{carry.bytes_per_token:,} B a token"
+        yield f"{carry.num_bytes:,} B a token"
 
 
 def _arrowhead(root: ET.Element) -> None:

@@ -4,9 +4,11 @@ import sys
 from collections.abc import Sequence
 from itertools import pairwise
 
+from parallel.decoder_plan import DecoderPlan, DecoderRankPlan, DecoderStagePlan
 from parallel.errors import ConfigError
 from parallel.fit import format_bytes
-from parallel.plan import LocalTensor, RankPlan, ShardPlan, StagePlan
+from parallel.graph_plan import GraphPlan
+from parallel.plan import LocalTensor, ShardPlan
 from parallel.slicing import Range
 from runner.cli.table import plural, table
 
@@ -27,7 +29,7 @@ _RANK_COLUMNS = (
 _TENSOR_COLUMNS = ("tensor", "local shape", "source", "dim>", "slice")
 
 
-def describe_plan(plan: ShardPlan) -> str:
+def describe_plan(plan: DecoderPlan) -> str:
     """Who holds what, what crosses between the stages, and what a sequence costs."""
     lines = [headline(plan), "", *table(_RANK_COLUMNS, [_rank_row(plan, r) for r in plan.ranks])]
     lines += _replicated_heads(plan)
@@ -36,7 +38,7 @@ def describe_plan(plan: ShardPlan) -> str:
     return "\n".join([*lines, "", _kv_line(plan)])
 
 
-def describe_rank(plan: ShardPlan, rank: int) -> str:
+def describe_rank(plan: DecoderPlan, rank: int) -> str:
     """Every parameter of a rank, and the slices of the checkpoint that it is made of.
 
     Raises:
@@ -60,9 +62,17 @@ def headline(plan: ShardPlan) -> str:
     weight_bytes = sum(rank.weight_bytes for rank in plan.ranks)
     return (
         f"{plan.architecture}, {plan.dtype}, {plural(len(plan.stages), 'stage')}, "
-        f"{plural(len(plan.ranks), 'rank')}, max_model_len {plan.max_model_len}, "
+        f"{plural(len(plan.ranks), 'rank')}, {_limit(plan)}, "
         f"plan {plan.digest()[:12]}, weights {format_bytes(weight_bytes)} in all"
     )
+
+
+def _limit(plan: ShardPlan) -> str:
+    """How much at a time."""
+    if isinstance(plan, DecoderPlan):
+        return f"max_model_len {plan.max_model_len}"
+    assert isinstance(plan, GraphPlan)
+    return plural(len(plan.buckets), "bucket")
 
 
 def condense(modules: Sequence[str]) -> list[str]:
@@ -100,11 +110,11 @@ def span(held: Range, *, present: bool = True) -> str:
     return str(start) if stop - start == 1 else f"{start}..{stop - 1}"
 
 
-def _has_layers(stage: StagePlan) -> bool:
+def _has_layers(stage: DecoderStagePlan) -> bool:
     return stage.layers[0] < stage.layers[1]
 
 
-def _rank_row(plan: ShardPlan, rank: RankPlan) -> list[str]:
+def _rank_row(plan: DecoderPlan, rank: DecoderRankPlan) -> list[str]:
     stage = plan.stages[rank.stage]
     has_layers, has_vocab = _has_layers(stage), stage.has_embedding or stage.has_head
     mark = "*" if has_layers and _shares_kv_heads(plan, rank) else ""
@@ -124,14 +134,14 @@ def _rank_row(plan: ShardPlan, rank: RankPlan) -> list[str]:
     ]
 
 
-def _shares_kv_heads(plan: ShardPlan, rank: RankPlan) -> bool:
+def _shares_kv_heads(plan: DecoderPlan, rank: DecoderRankPlan) -> bool:
     """Whether another rank of its stage holds one of its KV heads too."""
     start, stop = rank.heads.kv
     peers = [r.heads.kv for r in plan.ranks if r.stage == rank.stage and r.rank != rank.rank]
     return any(start < peer_stop and peer_start < stop for peer_start, peer_stop in peers)
 
 
-def _replicated_heads(plan: ShardPlan) -> list[str]:
+def _replicated_heads(plan: DecoderPlan) -> list[str]:
     """A footnote for each stage that holds a KV head more than once."""
     notes = []
     for index, stage in enumerate(plan.stages):
@@ -145,7 +155,7 @@ def _replicated_heads(plan: ShardPlan) -> list[str]:
     return ["", *notes] if notes else []
 
 
-def _carries(plan: ShardPlan) -> list[str]:
+def _carries(plan: DecoderPlan) -> list[str]:
     lines = ["Between the stages:"]
     for index, (stage, _) in enumerate(pairwise(plan.stages)):
         receivers = plan.topology.ranks(index + 1)
@@ -154,19 +164,19 @@ def _carries(plan: ShardPlan) -> list[str]:
             shape = ", ".join(map(str, carry.shape))
             lines.append(
                 f"  stage {index} -> {index + 1}: {carry.name} ({shape}) {carry.dtype}, "
-                f"{carry.bytes_per_token:,} B a token; ranks {routes}"
+                f"{carry.num_bytes:,} B a token; ranks {routes}"
             )
     return lines
 
 
-def _bubble(plan: ShardPlan) -> str:
+def _bubble(plan: DecoderPlan) -> str:
     return (
         f"Pipeline: a batch passes the {len(plan.stages)} stages one after the other, so each "
         f"waits {plan.pipeline_bubble * 100:.0f} % of the time."
     )
 
 
-def _kv_line(plan: ShardPlan) -> str:
+def _kv_line(plan: DecoderPlan) -> str:
     fullest = max(plan.ranks, key=lambda rank: rank.kv_bytes_per_token)
     equal = {rank.kv_bytes_per_token for rank in plan.ranks} == {fullest.kv_bytes_per_token}
     where = "each rank" if equal else f"rank {fullest.rank}, which takes the most"

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from parallel.launch import RankEnv
     from parallel.topology import Topology
     from runner.engine.rank import Front
-    from runner.planning import Job
+    from runner.graph_planning import GraphJob
+    from runner.job import Job
+    from runner.pipeline.rank import PipelineReport, Use
+    from runner.planning import DecoderJob
 
 FrontT = TypeVar("FrontT", bound="Front")
 Result = TypeVar("Result")
@@ -49,7 +52,7 @@ def on_ranks(topology: "Topology", run: Callable[["RankEnv"], Result]) -> Result
     return run(env or RankEnv(0, 1))
 
 
-def run_job(job: "Job", make_front: Callable[[], FrontT]) -> FrontT | None:
+def run_job(job: "DecoderJob", make_front: Callable[[], FrontT]) -> FrontT | None:
     """Run a job to its end.
 
     Args:
@@ -76,6 +79,29 @@ def run_job(job: "Job", make_front: Callable[[], FrontT]) -> FrontT | None:
 
         run_rank(job, env, front)
         return front
+
+    return on_ranks(job.plan.topology, run)
+
+
+def run_graph_job(job: "GraphJob", use: "Use") -> "PipelineReport | None":
+    """Run a tensor model to the end of what rank 0 does with it.
+
+    Returns:
+        What was done, in the process that was rank 0; None in every other.
+
+    Raises:
+        ShardlineError: a rank failed.
+    """
+    from parallel.launch import adopt
+
+    env = adopt()
+    if env is None or (env.rank == 0 and env.report_fd is None):
+        _say_what_runs(job)
+
+    def run(env: "RankEnv") -> "PipelineReport | None":
+        from runner.pipeline.rank import run_graph_rank
+
+        return run_graph_rank(job, env, use if env.rank == 0 else None)
 
     return on_ranks(job.plan.topology, run)
 

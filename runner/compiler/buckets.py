@@ -5,21 +5,25 @@ from collections.abc import Sequence
 from parallel.errors import ConfigError
 
 
-def buckets_of(given: Sequence[int] | None, max_num_batched_tokens: int) -> tuple[int, ...]:
+def buckets_of(
+    given: Sequence[int] | None, largest: int, *, limit: str = "scheduler.max_num_batched_tokens"
+) -> tuple[int, ...]:
     """Ascending; the last one is the largest step.
 
     Args:
         given: None: the powers of two below the largest step, and that.
+        largest: rows of the largest step.
+        limit: the key of the configuration that says so.
 
     Raises:
         ConfigError: the largest step would fit into none, or none would reach the last.
     """
     if given is None:
-        powers = (1 << i for i in range(max_num_batched_tokens.bit_length()))
-        return (*(p for p in powers if p < max_num_batched_tokens), max_num_batched_tokens)
-    if given[-1] != max_num_batched_tokens:
+        powers = (1 << i for i in range(largest.bit_length()))
+        return (*(p for p in powers if p < largest), largest)
+    if given[-1] != largest:
         raise ConfigError(
-            f"compile.buckets ends with {given[-1]}, but a step may have "
-            f"scheduler.max_num_batched_tokens={max_num_batched_tokens} tokens; make the two equal"
+            f"compile.buckets ends with {given[-1]}, but a step may have {limit}={largest} rows; "
+            "make the two equal"
         )
     return tuple(given)

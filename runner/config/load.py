@@ -71,8 +71,11 @@ def load(
     if problems or config is None:
         raise config_error(problems)
     origins = dict(_origins(config, (), settings))
-    if config.parallel.stages and origins[_NUM_STAGES] == DEFAULT:
-        origins[_NUM_STAGES] = "parallel.stages"
+    if origins[_NUM_STAGES] == DEFAULT:
+        if config.parallel.stages:
+            origins[_NUM_STAGES] = "parallel.stages"
+        elif config.parallel.split_points:
+            origins[_NUM_STAGES] = "parallel.split_points"
     return LoadedConfig(config, origins)
 
 
@@ -96,13 +99,19 @@ def _place(settings: Settings, loc: Loc) -> Place | None:
 
 
 def _path_problems(settings: Settings) -> Iterator[Problem]:
-    """The model's directory must be there; a hub id is the usual reason why it is not."""
+    """The model must be there; a hub id is the usual reason why it is not."""
     section = settings.data.get("model")
     path = section.get("path") if isinstance(section, dict) else None
-    if not isinstance(path, str) or not path or os.path.isdir(path):
+    if not isinstance(section, dict) or not isinstance(path, str) or not path:
+        return
+    is_file = _is_file(section, path)
+    if os.path.isfile(path) if is_file else os.path.isdir(path):
         return
     loc = ("model", "path")
-    if os.path.exists(path):
+    if is_file:
+        problem = "is not a file" if os.path.exists(path) else "is not there"
+        message = f"{shown(path)} {problem}; give the file that holds the model or its weights"
+    elif os.path.exists(path):
         message = f"{shown(path)} is not a directory; give the directory that holds the model"
     elif _HUB_ID.fullmatch(path):
         message = (
@@ -112,6 +121,15 @@ def _path_problems(settings: Settings) -> Iterator[Problem]:
     else:
         message = f"no directory {shown(path)}; give the local directory that holds the model"
     yield Problem(settings.values.get(loc), loc, message)
+
+
+def _is_file(section: dict[str, Any], path: str) -> bool:
+    """Whether the model is one file; a language model and a factory's own weights are none."""
+    form = section.get("format", "auto")
+    is_tensor_model = form in ("factory", "pt2", "onnx") or (
+        form == "auto" and (section.get("factory") is not None or path.endswith((".onnx", ".pt2")))
+    )
+    return is_tensor_model and section.get("load_format") != "dummy"
 
 
 def _ignored_flags(
@@ -142,5 +160,9 @@ def _origins_of(value: Any, loc: Loc, settings: Settings) -> Iterator[tuple[str,
     elif isinstance(value, list) and any(isinstance(item, BaseModel) for item in value):
         for index, item in enumerate(value):
             yield from _origins_of(item, (*loc, index), settings)
+    elif isinstance(value, dict) and value:
+        for name in value:
+            entry = (*loc, name)
+            yield dotted(entry), str(settings.values.get(entry, DEFAULT))
     else:
         yield dotted(loc), str(settings.values.get(loc, DEFAULT))

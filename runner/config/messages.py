@@ -13,6 +13,7 @@ from runner.config.suggest import meant_key, meant_value
 
 _WANTED = {
     "bool_type": "true or false",
+    "dict_type": "a mapping",
     "float_type": "a number",
     "int_type": "a whole number",
     "list_type": "a list",
@@ -52,7 +53,8 @@ def _missing(root: type[BaseModel], loc: Loc) -> Iterator[tuple[Loc, str]]:
     field = field_at(root, loc)
     section = section_of(field.annotation) if field else None
     if section is None:
-        description = (field.description or "").rstrip(".") if field else ""
+        words = (field.description or "").split() if field else []
+        description = " ".join(words).rstrip(".")
         yield loc, f"missing; it is needed: {description[:1].lower()}{description[1:]}"
         return
     for name, below in section.model_fields.items():
@@ -74,17 +76,29 @@ def _sentence(details: ErrorDetails, reason: Any, root: type[BaseModel]) -> str:
 
 
 def _out_of_bounds(kind: str, given: Any, limits: dict[str, Any]) -> str | None:
-    if kind in ("too_short", "string_too_short"):
-        return "empty; give at least one" if kind == "too_short" else "empty; give a value"
+    if kind == "string_too_short":
+        return "empty; give a value"
+    if kind in ("too_short", "too_long"):
+        return _wrong_length(given, limits)
     if kind == "finite_number":
         return f"{shown(given)} is not finite; use a number"
     if kind == "greater_than_equal":
-        return f"{shown(given)} is too small; use {limits['ge']} or more"
+        return f"{shown(given)} is too small; use {limits['ge']:g} or more"
     if kind == "greater_than":
         return f"{shown(given)} is too small; use a number above {limits['gt']:g}"
     if kind == "less_than_equal":
         return f"{shown(given)} is too large; use {limits['le']:g} or less"
+    if kind == "less_than":
+        return f"{shown(given)} is too large; use a number below {limits['lt']:g}"
     return None
+
+
+def _wrong_length(given: Any, limits: dict[str, Any]) -> str:
+    least, most = limits.get("min_length"), limits.get("max_length")
+    if not given:
+        return f"empty; give at least {'one' if least == 1 else least}"
+    wanted = f"at most {most}" if least is None else f"at least {least}"
+    return f"{shown(given)} has the wrong length, {len(given)}; give {wanted}"
 
 
 def _literals(root: type[BaseModel], loc: Loc) -> list[Any]:

@@ -20,22 +20,62 @@ parallel:
 scheduler:
   max_num_seqs: 64
 """
-"""The file that the page shows; a test loads it."""
+"""The file that the page shows for a language model; a test loads it."""
+
+TENSOR_EXAMPLE = """\
+version: 1
+model:
+  path: ./segmenter.safetensors
+  factory: "hospital.models:make_segmenter"
+  factory_path: ./src
+  factory_args: {channels: [32, 64, 128], num_classes: 5}
+  inputs:
+    - {name: image, dtype: float32, shape: [batch, 1, height, width]}
+  dims:
+    height: [256, 512]
+    width: [256, 512]
+  dtype: float16
+parallel:
+  tensor_parallel_size: 2
+  split_points: ["decoder"]
+  tp_plan:
+    "encoder.blocks.*.up": colwise
+    "encoder.blocks.*.down": rowwise
+compile:
+  buckets: [1, 4, 8]
+scheduler:
+  max_batch_size: 8
+  preferred_batch_size: [4]
+  max_queue_delay_ms: 2
+tiling:
+  roi_size: [512, 512]
+  mode: gaussian
+security:
+  factories: ["hospital.models:make_segmenter"]
+"""
+"""The file that the page shows for a tensor model; a test loads it."""
 
 _INTRODUCTION = f"""\
 # Configuration
 
 This page is made from the schema by `scripts/docs-config`; do not edit it.
 
-A job is described by one YAML file. For example:
+A job is described by one YAML file. For example, a language model:
 
 ```yaml
 {EXAMPLE}```
 
+Any other model, here one that a function makes, names its inputs:
+
+```yaml
+{TENSOR_EXAMPLE}```
+
 - `version` and `model.path` are required; every other key has the default given below.
 - `--set a.b=value` wins over a flag, a flag over the file, the file over the default. The value of
   `--set` is YAML, and an entry of a list is named by its index:
-  `--set parallel.stages.0.tensor_parallel_size=2`.
+  `--set parallel.stages.0.tensor_parallel_size=2`. So is an entry of a mapping by its name, such as
+  `--set model.dims.height=[320,640]`, unless that holds dots: then set the whole mapping,
+  `--set 'parallel.tp_plan={{"blocks.*.up": colwise}}'`.
 - `shardline plan --show-config` prints each value in effect and where it came from.
 - Nothing is converted or ignored. An unknown key, a key given twice, `"4"` for `4` and `yes` for
   `true` are errors; each is reported with file, line and column, all of them at once.
@@ -62,7 +102,7 @@ def _sections(
         reference = _reference(prop)
         if reference:
             key = f"{above}.{name}" if above else name
-            entries = "" if "$ref" in prop else "[]"
+            entries = "[]" if _is_list(prop) else ""
             yield from _sections(schema["$defs"][reference], key + entries, schema)
 
 
@@ -74,6 +114,10 @@ def _reference(prop: dict[str, Any]) -> str | None:
     return next((name for name in map(_reference, nested) if name), None)
 
 
+def _is_list(prop: dict[str, Any]) -> bool:
+    return "items" in prop or any(map(_is_list, prop.get("anyOf", [])))
+
+
 def _table(section: dict[str, Any]) -> str:
     """The keys of one section; one that is itself a section has a table further down."""
     rows = ["| key | value | default | meaning |", "|---|---|---|---|"]
@@ -83,7 +127,7 @@ def _table(section: dict[str, Any]) -> str:
             rows.append(f"| `{name}` | section | | see below |")
             continue
         default = "required" if name in required else f"`{json.dumps(prop['default'])}`"
-        meaning = " ".join(prop["description"].split())
+        meaning = " ".join(prop.get("description", "see below").split())
         rows.append(f"| `{name}` | {_value(prop)} | {default} | {meaning} |")
     return "\n".join(rows)
 
@@ -98,8 +142,13 @@ def _value(prop: dict[str, Any]) -> str:
         return ", ".join(f"`{choice}`" for choice in prop["enum"])
     if "$ref" in prop:
         return "section"
+    if "type" not in prop:
+        return "any value"
     if prop["type"] == "array":
-        return f"list ({_value(prop['items'])})"
+        return f"list{_lengths(prop)} ({_value(prop['items'])})"
+    if prop["type"] == "object":
+        entries = prop["additionalProperties"]
+        return f"mapping of names ({'any value' if entries is True else _value(entries)})"
     names = {
         "boolean": "true or false",
         "integer": "whole number",
@@ -111,6 +160,18 @@ def _value(prop: dict[str, Any]) -> str:
 
 
 def _bounds(prop: dict[str, Any]) -> str:
-    bounds = {"minimum": ">= {}", "exclusiveMinimum": "> {}", "maximum": "<= {}"}
+    bounds = {
+        "minimum": ">= {}",
+        "exclusiveMinimum": "> {}",
+        "maximum": "<= {}",
+        "exclusiveMaximum": "< {}",
+    }
     given = [text.format(f"{prop[key]:g}") for key, text in bounds.items() if key in prop]
     return f" {', '.join(given)}" if given else ""
+
+
+def _lengths(prop: dict[str, Any]) -> str:
+    """How many entries, where there is more to say than that some are needed."""
+    if "maxItems" not in prop:
+        return ""
+    return f" of {prop['minItems']} to {prop['maxItems']}"

@@ -4,18 +4,34 @@ To add a key, add a field with a docstring of one sentence: the unit, and what n
 Error messages, `docs/configuration.md`, `--show-config` and the JSON Schema follow from it.
 """
 
+from __future__ import annotations
+
 import re
 from collections import Counter
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from runner.config.problems import ContradictionError, Loc
+from runner.config.problems import ContradictionError, Loc, shown
 
 Count = Annotated[int, Field(ge=1)]
 Seconds = Annotated[float, Field(gt=0)]
 Text = Annotated[str, Field(min_length=1)]
 DeviceIndex = Annotated[int, Field(ge=0)]
+TP_STYLES = (
+    "colwise",
+    "colwise_gather_output",
+    "rowwise",
+    "rowwise_split_input",
+    "embedding_rowwise",
+    "embedding_colwise",
+    "heads",
+    "replicate",
+)
+
+BATCH = "batch"
+"""The dim of an input along which samples are put together."""
 
 _PATTERN_PART = re.compile(r"\*|[^\s*{}.]+|\{([0-9]{1,9})\.\.([0-9]{1,9})\}")
 _DOT_OUTSIDE_BRACES = re.compile(r"\.(?![^{]*\})")
@@ -33,20 +49,167 @@ class Section(BaseModel):
     )
 
 
+class InputConfig(Section):
+    """One input of a tensor model."""
+
+    name: Text
+    """Name of the input, as files of several arrays have it."""
+
+    dtype: Literal["float32", "float16", "bfloat16", "int64", "int32", "uint8", "bool"] = "float32"
+    """Type of its elements; floating-point ones are converted to `model.dtype`."""
+
+    shape: list[Any]
+    """Sizes of its dims, or names: of the first dim "batch", of any other one in `model.dims`."""
+
+    @field_validator("shape")
+    @classmethod
+    def _dims_are_sizes_or_names(cls, shape: list[Any]) -> list[Any]:
+        for dim in shape:
+            is_size = type(dim) is int and dim > 0
+            if not is_size and not (isinstance(dim, str) and dim):
+                raise ValueError(f"{shown(dim)} is no size; use a whole number above 0, or a name")
+        if BATCH in shape[1:]:
+            raise ValueError(f"{shape}: only the first dim may be {BATCH}")
+        return shape
+
+
+class ImageConfig(Section):
+    """How pictures become tensors: upright, resized, cropped, (pixel * scale - mean) / std."""
+
+    resize: Count | Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
+    """Length of the shorter side, or [height, width]; null means that the size stays."""
+
+    crop: Annotated[list[Count], Field(min_length=2, max_length=2)] | None = None
+    """[height, width] from the middle; null means all of it."""
+
+    interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    """How resizing interpolates, over all that a new pixel covers."""
+
+    scale: float = 1 / 255
+    """Factor of the pixels; 1/255 makes 0 to 1 of 8 bits."""
+
+    mean: Annotated[list[float], Field(min_length=1)] | None = None
+    """What is subtracted from each channel after scaling; null means nothing."""
+
+    std: Annotated[list[float], Field(min_length=1)] | None = None
+    """What each channel is divided by; null means 1."""
+
+    channels: Literal["rgb", "bgr", "gray"] = "rgb"
+    """Order of the channels."""
+
+    layout: Literal["chw", "hwc"] = "chw"
+    """Order of the dims."""
+
+
+class VolumeConfig(Section):
+    """How NIfTI volumes become tensors: turned to RAS, resampled, windowed, padded or cropped."""
+
+    spacing: Annotated[list[float], Field(min_length=3, max_length=3)] | None = None
+    """Distance of voxels in mm along each axis; null means as it is."""
+
+    resample_to: Annotated[list[Count], Field(min_length=3, max_length=3)] | None = None
+    """Size in voxels, whatever the spacing; null means as it is."""
+
+    window: Annotated[list[float], Field(min_length=2, max_length=2)] | None = None
+    """[low, high] that become 0 and 1, what is beyond them too; null means no window."""
+
+    pad_or_crop_to: Annotated[list[Count], Field(min_length=3, max_length=3)] | None = None
+    """Size in voxels, by zeros around or by cutting off; null means as it is."""
+
+
+class PreprocessConfig(Section):
+    """What is done to items that are not arrays."""
+
+    image: ImageConfig = Field(default_factory=ImageConfig)
+    volume: VolumeConfig = Field(default_factory=VolumeConfig)
+
+
 class ModelConfig(Section):
     """Which model is run, and in which precision."""
 
     path: Text
-    """Local directory that holds the model, relative to the working directory; never a hub id."""
+    """Local folder or file of the model, relative to the working directory; never a hub id."""
+
+    format: Literal["auto", "safetensors", "factory", "pt2", "onnx"] = "auto"
+    """What `path` holds: safetensors is a language model's folder, any other a tensor model; auto
+    goes by `factory` and by the name of the file."""
+
+    factory: Text | None = None
+    """Function "package.module:function" that makes the module, one of `security.factories`; `path`
+    then holds its weights."""
+
+    factory_path: Text | None = None
+    """Folder in which the factory's module is looked for first; null means installed packages."""
+
+    factory_args: dict[str, Any] = {}
+    """Keyword arguments of the factory."""
+
+    inputs: Annotated[list[InputConfig], Field(min_length=1)] | None = None
+    """Inputs of a tensor model, in the order of its arguments."""
+
+    dims: dict[str, Annotated[list[Count], Field(min_length=1)]] = {}
+    """Sizes of each named dim of `inputs`, ascending; every combination is a bucket."""
+
+    preprocess: PreprocessConfig = Field(default_factory=PreprocessConfig)
 
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    """Type of weights and activations; auto is that of the checkpoint's config, on a CPU too."""
+    """Type of weights and activations; auto is that of the checkpoint, on a CPU too."""
 
     load_format: Literal["auto", "dummy"] = "auto"
     """Where weights come from; dummy means random ones at the shape of config.json, to measure."""
 
     max_model_len: Count | None = None
     """Most tokens of a sequence, prompt and completion; null means the model's own limit."""
+
+    @property
+    def kind(self) -> Literal["decoder", "graph"]:
+        """Whether it is a language model, or any other."""
+        return "decoder" if self.resolved_format == "safetensors" else "graph"
+
+    @property
+    def resolved_format(self) -> Literal["safetensors", "factory", "pt2", "onnx"]:
+        """The format, found by names where it is auto; no file is opened."""
+        if self.format != "auto":
+            return self.format
+        if self.factory:
+            return "factory"
+        if self.path.endswith(".onnx"):
+            return "onnx"
+        return "pt2" if self.path.endswith(".pt2") else "safetensors"
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> ModelConfig:
+        faults = [*self._factory_faults(), *self._input_faults()]
+        if faults:
+            raise ContradictionError(faults)
+        return self
+
+    def _factory_faults(self) -> Iterator[tuple[Loc, str]]:
+        found = self.resolved_format
+        if found == "factory" and self.factory is None:
+            yield ("factory",), 'missing; format factory needs it: "package.module:function"'
+        if found != "factory" and self.factory is not None:
+            yield ("factory",), f"given, but format is {found}; drop the one or change the other"
+
+    def _input_faults(self) -> Iterator[tuple[Loc, str]]:
+        if self.kind == "decoder":
+            if self.inputs:
+                yield ("inputs",), "a language model has none; drop them, or give another format"
+            return
+        if self.inputs is None:
+            message = "missing; a tensor model needs the name and shape of every input"
+            yield ("inputs",), message
+        used = {dim for given in self.inputs or [] for dim in given.shape if isinstance(dim, str)}
+        for index, given in enumerate(self.inputs or []):
+            for dim in given.shape:
+                if isinstance(dim, str) and dim != BATCH and dim not in self.dims:
+                    message = f"{dim!r} has no sizes; give them as model.dims.{dim}: [...]"
+                    yield ("inputs", index, "shape"), message
+        for name, sizes in self.dims.items():
+            if name not in used:
+                yield ("dims", name), "stands in no input's shape; drop it"
+            elif sizes != sorted(set(sizes)):
+                yield ("dims", name), f"{sizes} is not ascending; use {sorted(set(sizes))}"
 
 
 class StageConfig(Section):
@@ -87,8 +250,22 @@ class ParallelConfig(Section):
     stages: Annotated[list[StageConfig], Field(min_length=1)] | None = None
     """The stages one by one; null means equal tensor-parallel sizes and a cut by cost."""
 
+    split_points: Annotated[list[Text], Field(min_length=1)] | None = None
+    """Modules with which all stages but the first begin, of a tensor model; null: cut by cost."""
+
+    tp_plan: Annotated[dict[str, str], Field(min_length=1)] | None = None
+    """How modules of a tensor model are split: pattern of names -> style; null means not at all."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """Kind of device; auto is cuda where a GPU is usable, else cpu."""
+
+    @field_validator("tp_plan")
+    @classmethod
+    def _styles_are_known(cls, plan: dict[str, str] | None) -> dict[str, str] | None:
+        for pattern, style in (plan or {}).items():
+            if style not in TP_STYLES:
+                raise ValueError(f"{pattern}: {style!r} is no style; use {', '.join(TP_STYLES)}")
+        return plan
 
     @property
     def tensor_parallel_sizes(self) -> list[int]:
@@ -109,14 +286,21 @@ class ParallelConfig(Section):
         """The pipeline size follows the stages, so that the key always holds what is in effect."""
         if not isinstance(given, dict) or "pipeline_parallel_size" in given:
             return given
-        stages = given.get("stages")
-        if not isinstance(stages, list) or not stages:
-            return given
-        return given | {"pipeline_parallel_size": len(stages)}
+        stages, points = given.get("stages"), given.get("split_points")
+        if isinstance(stages, list) and stages:
+            return given | {"pipeline_parallel_size": len(stages)}
+        if isinstance(points, list) and points:
+            return given | {"pipeline_parallel_size": len(points) + 1}
+        return given
 
     @model_validator(mode="after")
-    def _stages_agree(self) -> "ParallelConfig":
-        faults = [*self._size_faults(), *self._modules_faults(), *self._device_faults()]
+    def _stages_agree(self) -> ParallelConfig:
+        faults = [
+            *self._size_faults(),
+            *self._split_faults(),
+            *self._modules_faults(),
+            *self._device_faults(),
+        ]
         if faults:
             raise ContradictionError(faults)
         return self
@@ -129,6 +313,19 @@ class ParallelConfig(Section):
             "parallel.stages; drop the one or change the other"
         )
         return [(("pipeline_parallel_size",), message)]
+
+    def _split_faults(self) -> list[tuple[Loc, str]]:
+        if self.split_points is None:
+            return []
+        if any(stage.modules for stage in self.stages or []):
+            return [(("split_points",), "parallel.stages lists the modules already; drop one")]
+        if len(self.split_points) + 1 != self.pipeline_parallel_size:
+            message = (
+                f"{len(self.split_points)} points make {len(self.split_points) + 1} stages, and "
+                f"pipeline_parallel_size is {self.pipeline_parallel_size}; make them agree"
+            )
+            return [(("split_points",), message)]
+        return []
 
     def _modules_faults(self) -> list[tuple[Loc, str]]:
         stages = self.stages or []
@@ -189,7 +386,8 @@ class CompileConfig(Section):
     """What compiles them; auto measures all that are installed on this GPU, part by part."""
 
     buckets: Annotated[list[Count], Field(min_length=1)] | None = None
-    """Numbers of tokens that steps are padded to, ascending; null means the powers of two."""
+    """Numbers of tokens that steps are padded to, or of samples of a tensor model, ascending; null
+    means the powers of two."""
 
     enforce_eager: bool = False
     """Whether GPUs run every step call by call; false means decode steps are CUDA graphs."""
@@ -205,13 +403,33 @@ class CompileConfig(Section):
 
 
 class SchedulerConfig(Section):
-    """How many sequences and tokens one step may hold."""
+    """How much is computed at a time, and how long requests wait for company."""
 
     max_num_seqs: Count = 32
     """Most sequences that run at once; 1 means one after the other."""
 
     max_num_batched_tokens: Count = 8192
     """Most tokens of one step, over all its sequences."""
+
+    max_batch_size: Count = 8
+    """Most samples of a tensor model in one batch; 1 means no batching."""
+
+    preferred_batch_size: Annotated[list[Count], Field(min_length=1)] | None = None
+    """Sizes at which a batch goes before it is full, ascending; null means only full ones do."""
+
+    max_queue_delay_ms: Annotated[float, Field(ge=0)] = 5.0
+    """Milliseconds that a sample waits for others of its shape; 0 means not at all."""
+
+    max_queue_size: Count = 256
+    """Most samples that wait."""
+
+    @model_validator(mode="after")
+    def _sizes_agree(self) -> SchedulerConfig:
+        sizes = self.preferred_batch_size
+        if sizes and (sizes != sorted(set(sizes)) or sizes[-1] > self.max_batch_size):
+            message = f"{sizes} must ascend to at most max_batch_size={self.max_batch_size}"
+            raise ContradictionError([(("preferred_batch_size",), message)])
+        return self
 
 
 class KVCacheConfig(Section):
@@ -245,6 +463,32 @@ class DistributedConfig(Section):
     """Seconds that one collective may take; null means 30 on GPUs and 600 on a CPU."""
 
 
+class TilingConfig(Section):
+    """How volumes or images that are larger than the model's input are cut into windows."""
+
+    roi_size: Annotated[list[Count], Field(min_length=2, max_length=3)]
+    """Size of a window; the spatial dims of the model's one input."""
+
+    overlap: Annotated[float, Field(ge=0, lt=1)] = 0.25
+    """Share of a window that the next one covers, too."""
+
+    sw_batch_size: Count | None = None
+    """Windows of one batch; null means scheduler.max_batch_size."""
+
+    mode: Literal["constant", "gaussian"] = "constant"
+    """Weight of a window's elements where windows overlap; gaussian means less at the edges."""
+
+    sigma_scale: Annotated[float, Field(gt=0)] = 0.125
+    """Width of the gaussian, as a share of roi_size."""
+
+
+class SecurityConfig(Section):
+    """What the configuration may make run."""
+
+    factories: list[Text] = []
+    """Functions that `model.factory` may name; anything else is refused before it is imported."""
+
+
 class RunnerConfig(Section):
     """The whole configuration of a job."""
 
@@ -257,6 +501,8 @@ class RunnerConfig(Section):
     scheduler: SchedulerConfig = Field(default_factory=SchedulerConfig)
     kv_cache: KVCacheConfig = Field(default_factory=KVCacheConfig)
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
+    tiling: TilingConfig | None = None
+    security: SecurityConfig = Field(default_factory=SecurityConfig)
 
     @field_validator("version", mode="before")
     @classmethod

@@ -85,15 +85,19 @@ class Settings:
             loc = (*loc, step)
             if not rest or (isinstance(container, dict) and step not in container):
                 container[step] = _nested(rest, value)
-                self._record((*loc, *rest), value, place)
+                self._record(loc, tuple(rest), value, place)
                 return
             container = container[step]
 
-    def _record(self, loc: Loc, value: Any, place: Place) -> None:
+    def _record(self, made: Loc, rest: Loc, value: Any, place: Place) -> None:
+        """`made` is the first part of the way that was new; from there on all of it is."""
+        loc = (*made, *rest)
         for places in (self.keys, self.values):
             for old in [known for known in places if known[: len(loc)] == loc]:
                 del places[old]
-        for below in _locs(value, loc):
+        # A section of the top level has no place: what is missing in it is not this value's fault.
+        new = (loc[:length] for length in range(max(2, len(made)), len(loc)))
+        for below in (*new, *_locs(value, loc)):
             self.keys[below] = self.values[below] = place
 
 

@@ -26,7 +26,11 @@ def as_json(loaded: LoadedConfig) -> dict[str, Any]:
 
 def _value(loaded: LoadedConfig, key: str) -> Any:
     value: Any = loaded.config
-    for name in key.split("."):
+    names = key.split(".")
+    for index, name in enumerate(names):
+        if isinstance(value, dict):
+            # An entry's name may hold dots, as patterns of modules do.
+            return value[".".join(names[index:])]
         value = value[int(name)] if isinstance(value, list) else getattr(value, name)
     return value
 

@@ -6,9 +6,9 @@ import torch
 
 from parallel.collectives import broadcast, minimum
 from parallel.context import ParallelContext
+from parallel.decoder_plan import DecoderPlan, DecoderRankPlan
 from parallel.errors import DoesNotFitError
 from parallel.fit import format_bytes
-from parallel.plan import RankPlan, ShardPlan
 from runner.observe.cgroup import read_cgroup_limits
 from runner.observe.host import parse_meminfo
 
@@ -16,7 +16,7 @@ from runner.observe.host import parse_meminfo
 def agree_on_blocks(
     wanted: int,
     context: ParallelContext,
-    rank_plan: RankPlan,
+    rank_plan: DecoderRankPlan,
     *,
     block_size: int,
     utilization: float,
@@ -48,7 +48,7 @@ def agree_on_blocks(
     return agreed
 
 
-def check_weights_fit(plan: ShardPlan, context: ParallelContext, utilization: float) -> None:
+def check_weights_fit(plan: DecoderPlan, context: ParallelContext, utilization: float) -> None:
     """Before anything is read; the ranks of a CPU share its memory.
 
     Raises:

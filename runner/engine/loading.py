@@ -20,10 +20,10 @@ from runner.engine.stage_runner import StageRunner
 from runner.models.attention import Attention
 from runner.models.attention_choice import make_attention
 from runner.models.decoder import DecoderStage
-from runner.planning import Job
+from runner.planning import DecoderJob
 
 
-def load_stage(job: Job, context: ParallelContext) -> StageRunner:
+def load_stage(job: DecoderJob, context: ParallelContext) -> StageRunner:
     """Build the stage and read its weights; the KV cache comes later, by `allocate`.
 
     Raises:
@@ -44,7 +44,7 @@ def load_stage(job: Job, context: ParallelContext) -> StageRunner:
 
 
 def make_runner(
-    job: Job, context: ParallelContext, weights: Iterable[tuple[str, torch.Tensor]]
+    job: DecoderJob, context: ParallelContext, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> StageRunner:
     """A rank's stage with its weights, not compiled."""
     heads = job.plan.ranks[context.rank].heads
@@ -60,7 +60,7 @@ def make_runner(
     return StageRunner(context, stage, CarryTransfer(context, job.plan), heads.num_kv)
 
 
-def make_stage(job: Job, rank: int, group: Group, attend: Attention) -> DecoderStage:
+def make_stage(job: DecoderJob, rank: int, group: Group, attend: Attention) -> DecoderStage:
     """A rank's stage on the meta device, without weights."""
     rank_plan = job.plan.ranks[rank]
     return DecoderStage(

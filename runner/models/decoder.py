@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 from parallel.collectives import Group, all_reduce
+from parallel.decoder_plan import DecoderRankPlan, DecoderStagePlan
 from parallel.layers import ParallelLMHead, RowParallelLinear, VocabParallelEmbedding
-from parallel.plan import RankPlan, StagePlan
 from runner.models.attention import Attention
 from runner.models.batch import Batch
 from runner.models.config import DecoderConfig
@@ -28,7 +28,7 @@ Rotation = tuple[torch.Tensor, ...]
 class DecoderLayer(nn.Module):
     """What one rank holds of one layer; `DecoderStage` makes the parts of it."""
 
-    def __init__(self, config: DecoderConfig, rank_plan: RankPlan, *, index: int) -> None:
+    def __init__(self, config: DecoderConfig, rank_plan: DecoderRankPlan, *, index: int) -> None:
         super().__init__()
         self.window = config.windows[index]
         self.attention = QKV(config, rank_plan)
@@ -50,8 +50,8 @@ class DecoderStage(nn.Module):
     def __init__(
         self,
         config: DecoderConfig,
-        stage: StagePlan,
-        rank_plan: RankPlan,
+        stage: DecoderStagePlan,
+        rank_plan: DecoderRankPlan,
         group: Group,
         *,
         attend: Attention,
@@ -76,7 +76,7 @@ class DecoderStage(nn.Module):
         self.to(dtype)
         self.parts = dict(self._parts(rank_plan))
 
-    def _build(self, stage: StagePlan, rank_plan: RankPlan) -> None:
+    def _build(self, stage: DecoderStagePlan, rank_plan: DecoderRankPlan) -> None:
         config, group = self.config, self._group
         self.layer_indices = range(*stage.layers)
         padded, hidden_size = stage.padded_vocab, config.hidden_size
@@ -101,7 +101,7 @@ class DecoderStage(nn.Module):
                 padded, hidden_size, vocab_size=config.vocab_size, group=group
             )
 
-    def _parts(self, rank_plan: RankPlan) -> Iterator[tuple[str, Part]]:
+    def _parts(self, rank_plan: DecoderRankPlan) -> Iterator[tuple[str, Part]]:
         """The sequence of `forward`, name by name."""
         x: Shape = (self.config.hidden_size,)
         heads: Shape = (rank_plan.heads.num_query * self.config.head_dim,)

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from parallel.decoder_plan import DecoderRankPlan
 from parallel.layers import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -19,7 +20,6 @@ from parallel.layers import (
     QKVParallelLinear,
     RowParallelLinear,
 )
-from parallel.plan import RankPlan
 from runner.models.config import Activation, DecoderConfig
 from runner.models.norm import make_norm
 from runner.models.rope import rotate
@@ -28,7 +28,7 @@ from runner.models.rope import rotate
 class QKV(nn.Module):
     """Norm, projections of this rank's heads, and their rotation."""
 
-    def __init__(self, config: DecoderConfig, rank_plan: RankPlan) -> None:
+    def __init__(self, config: DecoderConfig, rank_plan: DecoderRankPlan) -> None:
         super().__init__()
         head_dim = config.head_dim
         self.norm = make_norm(config, config.hidden_size)
@@ -58,7 +58,7 @@ class QKV(nn.Module):
 class MLP(nn.Module):
     """Norm, then this rank's part of down(act(gate(x)) * up(x)), or of down(act(up(x)))."""
 
-    def __init__(self, config: DecoderConfig, rank_plan: RankPlan) -> None:
+    def __init__(self, config: DecoderConfig, rank_plan: DecoderRankPlan) -> None:
         super().__init__()
         width = rank_plan.mlp[1] - rank_plan.mlp[0]
         hidden_size, bias = config.hidden_size, config.mlp_bias

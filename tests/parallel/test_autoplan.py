@@ -10,8 +10,8 @@ from sparse_checkpoint import LLAMA_70B, make_sparse_llama
 
 from parallel.autoplan import H200, Candidate, GpuSpeed, assess, choose, closest, ranked, sizes
 from parallel.autoplan import step_s as estimate
+from parallel.decoder_plan import DecoderPlan
 from parallel.fit import Budget, fit_of
-from parallel.plan import ShardPlan
 from parallel.planner import Limits, make_plan
 from parallel.topology import Topology
 from runner.models.spec import ModelSpec
@@ -19,7 +19,7 @@ from runner.models.spec import ModelSpec
 GPU_80_GB = Budget(80 * 10**9, utilization=0.9, block_size=16)
 READ_ONLY = GpuSpeed(bandwidth=1.0, all_reduce_s=0.0, transfer_s=0.0)
 
-Planner = Callable[[int, int], ShardPlan]
+Planner = Callable[[int, int], DecoderPlan]
 
 
 def planner_of(spec: ModelSpec) -> Planner:
@@ -27,7 +27,7 @@ def planner_of(spec: ModelSpec) -> Planner:
     limits = Limits(spec.config.max_positions, max_num_seqs=32, max_num_batched_tokens=8192)
 
     @cache
-    def plan(tp_size: int, pp_size: int) -> ShardPlan:
+    def plan(tp_size: int, pp_size: int) -> DecoderPlan:
         return make_plan(
             spec.layout,
             spec.checkpoint,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
+from parallel.decoder_plan import DecoderPlan
 from parallel.fit import Budget, Fit, fit_of, format_bytes
-from parallel.plan import ShardPlan
 from parallel.planner import Limits, make_plan
 from parallel.topology import Topology
 from runner.models.spec import ModelSpec
@@ -23,7 +23,7 @@ def spec(checkpoint: Callable[[str], Path]) -> ModelSpec:
 
 def plan(
     spec: ModelSpec, tp_sizes: list[int], *, stages: list[list[str]] | None = None
-) -> ShardPlan:
+) -> DecoderPlan:
     return make_plan(
         spec.layout,
         spec.checkpoint,
@@ -35,11 +35,11 @@ def plan(
     )
 
 
-def judge(plan: ShardPlan, memory_bytes: int, *, block_size: int = 16) -> Fit:
+def judge(plan: DecoderPlan, memory_bytes: int, *, block_size: int = 16) -> Fit:
     return fit_of(plan, Budget(memory_bytes, utilization=1.0, block_size=block_size))
 
 
-def needs(plan: ShardPlan, rank: int, *, tokens: int) -> int:
+def needs(plan: DecoderPlan, rank: int, *, tokens: int) -> int:
     here = plan.ranks[rank]
     return here.weight_bytes + here.activation_bytes + tokens * here.kv_bytes_per_token
 

@@ -13,8 +13,9 @@ from typing import Any
 import pytest
 import torch
 
+from parallel.decoder_plan import DecoderPlan
 from parallel.errors import IntegrityError
-from parallel.plan import Carry, ShardPlan
+from parallel.plan import Carry
 from parallel.planner import Limits, make_plan
 from parallel.topology import Topology
 from parallel.weights import stream
@@ -27,7 +28,7 @@ BY_HAND = [
 ]
 
 
-def divide(folder: Path, tp_sizes: list[int], **changes: Any) -> ShardPlan:
+def divide(folder: Path, tp_sizes: list[int], **changes: Any) -> DecoderPlan:
     spec = ModelSpec.open(folder)
     arguments: dict[str, Any] = {
         "architecture": spec.config.architecture,
@@ -97,8 +98,8 @@ def test_equal_plans_have_equal_digests_wherever_the_model_lies(
 DIGEST = """
 import sys
 from runner.config.load import load
-from runner.planning import Job
-print(Job.prepare(load(None, overrides=[f"model.path={sys.argv[1]}"]).config).plan.digest())
+from runner.planning import DecoderJob
+print(DecoderJob.prepare(load(None, overrides=[f"model.path={sys.argv[1]}"]).config).plan.digest())
 """
 
 
@@ -148,7 +149,7 @@ def test_another_model_changes_the_digest(checkpoint: Callable[[str], Path]) -> 
 @pytest.mark.parametrize(("dtype", "num_bytes"), [("float32", 4), ("bfloat16", 2), ("float16", 2)])
 def test_a_carry_knows_its_bytes(dtype: str, num_bytes: int) -> None:
     carry = Carry("skip", dtype, ("num_tokens", 3, 5))
-    assert carry.bytes_per_token == 15 * num_bytes
+    assert carry.num_bytes == 15 * num_bytes
 
 
 def test_one_batch_leaves_each_stage_waiting_for_the_others(folder: Path) -> None:
@@ -162,7 +163,7 @@ def test_a_plan_comes_back_from_json(
     name: str, tp_sizes: list[int], checkpoint: Callable[[str], Path]
 ) -> None:
     plan = divide(checkpoint(name), tp_sizes)
-    read = ShardPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
+    read = DecoderPlan.from_dict(json.loads(json.dumps(plan.to_dict())))
     assert read == plan
     assert read.digest() == plan.digest()
 
@@ -185,4 +186,4 @@ def test_a_plan_that_cannot_be_right_is_refused(
     values = json.loads(json.dumps(divide(folder, [2, 1]).to_dict()))
     change(values)
     with pytest.raises(IntegrityError, match=message):
-        ShardPlan.from_dict(values)
+        DecoderPlan.from_dict(values)

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 from parallel.checkpoint import Checkpoint, TensorInfo
+from parallel.decoder_plan import DecoderPlan
 from parallel.errors import ConfigError, IntegrityError
 from parallel.layout import ModelLayout
-from parallel.plan import Carry, LocalTensor, Piece, ShardPlan
+from parallel.plan import Carry, LocalTensor, Piece
 from parallel.planner import Limits, make_plan
 from parallel.topology import Topology
 from runner.models.config import HFConfig
@@ -88,7 +89,7 @@ def divide(
     stages: list[list[str]] | None = None,
     dtype: str = "float32",
     limits: Limits = LIMITS,
-) -> ShardPlan:
+) -> DecoderPlan:
     """The plan of a model with one stage for each of `tp_sizes`."""
     return make_plan(
         make_layout(values),
@@ -101,12 +102,12 @@ def divide(
     )
 
 
-def tensor(plan: ShardPlan, rank: int, name: str) -> LocalTensor:
+def tensor(plan: DecoderPlan, rank: int, name: str) -> LocalTensor:
     (found,) = [tensor for tensor in plan.ranks[rank].tensors if tensor.name == name]
     return found
 
 
-def names(plan: ShardPlan, rank: int) -> set[str]:
+def names(plan: DecoderPlan, rank: int) -> set[str]:
     return {tensor.name for tensor in plan.ranks[rank].tensors}
 
 
@@ -160,7 +161,7 @@ def test_a_rank_beyond_a_tiny_vocabulary_reads_none_of_it() -> None:
 
 def divide_variant(
     folder: Path, tp_sizes: list[int], *, stages: list[list[str]] | None = None
-) -> ShardPlan:
+) -> DecoderPlan:
     """The plan of a checkpoint that transformers wrote."""
     spec = ModelSpec.open(folder)
     return make_plan(

@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from parallel.plan import LocalTensor, Piece, RankPlan
+from parallel.decoder_plan import DecoderRankPlan
+from parallel.plan import LocalTensor, Piece
 from parallel.random_weights import random_weights
 from parallel.slicing import HeadShare
 
@@ -19,7 +20,7 @@ TENSORS = (MATRIX, NORM, WHOLE_BIAS, SPLIT_BIAS, PADDED, EMPTY)
 
 def draw(tp_rank: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     heads = HeadShare((0, 1), (0, 1), (0,))
-    plan = RankPlan(tp_rank, 0, tp_rank, tp_rank, heads, (0, 1), (0, 1), TENSORS, 0, 0, 0)
+    plan = DecoderRankPlan(tp_rank, 0, tp_rank, tp_rank, heads, (0, 1), (0, 1), TENSORS, 0, 0, 0)
     return dict(random_weights(plan, dtype=dtype, device=CPU))
 
 

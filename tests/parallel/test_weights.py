@@ -22,8 +22,8 @@ from rank_pool import RankPool
 from safetensors.torch import save_file
 
 from parallel.checkpoint import INDEX_FILE, SINGLE_FILE
+from parallel.decoder_plan import DecoderPlan, DecoderRankPlan
 from parallel.errors import IntegrityError
-from parallel.plan import RankPlan, ShardPlan
 from parallel.planner import Limits, make_plan
 from parallel.slicing import Range
 from parallel.topology import Topology
@@ -231,7 +231,7 @@ class Model:
 
 def divide(
     folder: Path, tp_sizes: list[int], *, dtype: str = "float32"
-) -> tuple[ModelSpec, ShardPlan]:
+) -> tuple[ModelSpec, DecoderPlan]:
     spec = ModelSpec.open(folder)
     plan = make_plan(
         spec.layout,
@@ -244,7 +244,7 @@ def divide(
     return spec, plan
 
 
-def read(spec: ModelSpec, plan: ShardPlan, rank: int) -> Tensors:
+def read(spec: ModelSpec, plan: DecoderPlan, rank: int) -> Tensors:
     """What a rank loads."""
     dtype = getattr(torch, plan.dtype)
     return dict(stream(spec.checkpoint, plan.ranks[rank], dtype=dtype, device=torch.device("cpu")))
@@ -277,7 +277,7 @@ PART_OF = {
 }
 
 
-def blocks_of(model: Model, rank: RankPlan, loaded: Tensors) -> Iterator[Block]:
+def blocks_of(model: Model, rank: DecoderRankPlan, loaded: Tensors) -> Iterator[Block]:
     """A rank's parameters taken apart, by the heads, columns and rows that its plan gives it."""
     query, kv = (
         (start * model.head_dim, stop * model.head_dim)
@@ -310,7 +310,7 @@ def blocks_of(model: Model, rank: RankPlan, loaded: Tensors) -> Iterator[Block]:
             yield Block(f"{layer}{part}.{kind}", block, dim, held)
 
 
-def assert_tiles(model: Model, plan: ShardPlan, loaded: list[Tensors]) -> None:
+def assert_tiles(model: Model, plan: DecoderPlan, loaded: list[Tensors]) -> None:
     """All ranks together hold the model exactly, and no part of it in more places than it must be.
 
     A split part is on one rank; a KV head on every rank with a query head of its group; the rest

@@ -11,7 +11,7 @@ import pytest
 from parallel.errors import ConfigError, IntegrityError
 from runner.config.load import load
 from runner.config.schema import RunnerConfig
-from runner.planning import Job, budget_of, topology_of, with_sizes
+from runner.planning import DecoderJob, budget_of, topology_of, with_sizes
 
 
 @pytest.fixture(scope="module")
@@ -26,7 +26,7 @@ def config_of(model: Path, **settings: Any) -> RunnerConfig:
 
 
 def test_a_bare_configuration_is_one_rank_with_the_models_own_limits(model: Path) -> None:
-    plan = Job.prepare(config_of(model)).plan
+    plan = DecoderJob.prepare(config_of(model)).plan
     assert plan.tp_sizes == (1,)
     assert (plan.architecture, plan.dtype) == ("LlamaForCausalLM", "float32")
     assert (plan.max_model_len, plan.max_num_batched_tokens) == (128, 8192)
@@ -41,14 +41,14 @@ def test_sizes_and_limits_reach_the_plan(model: Path) -> None:
         parallel__pipeline_parallel_size=2,
         scheduler__max_num_batched_tokens=77,
     )
-    plan = Job.prepare(config).plan
+    plan = DecoderJob.prepare(config).plan
     assert plan.tp_sizes == (3, 3)
     assert (plan.dtype, plan.max_model_len, plan.max_num_batched_tokens) == ("bfloat16", 50, 77)
 
 
 def test_more_sequences_need_more_room_for_logits(model: Path) -> None:
     few, many = (
-        Job.prepare(config_of(model, scheduler__max_num_seqs=n)).plan.ranks[0].activation_bytes
+        DecoderJob.prepare(config_of(model, scheduler__max_num_seqs=n)).plan.ranks[0].activation_bytes
         for n in (1, 1000)
     )
     assert many > few
@@ -62,14 +62,14 @@ def test_stages_cut_by_hand(model: Path) -> None:
     )
     config = config_of(model, parallel__stages=stages)
     assert topology_of(config).devices == (5, 4, 1)
-    plan = Job.prepare(config).plan
+    plan = DecoderJob.prepare(config).plan
     assert plan.tp_sizes == (2, 1)
     assert [stage.layers for stage in plan.stages] == [(0, 1), (1, 3)]
 
 
 def test_stages_without_modules_are_cut_by_cost(model: Path) -> None:
     config = config_of(model, parallel__stages="[{tensor_parallel_size: 2}, {}]")
-    plan = Job.prepare(config).plan
+    plan = DecoderJob.prepare(config).plan
     assert plan.tp_sizes == (2, 1)
     assert plan.stages[0].layers[1] == plan.stages[1].layers[0]
 
@@ -93,7 +93,7 @@ def test_budget_is_the_kv_cache_section(model: Path) -> None:
 
 def test_plans_are_equal_exactly_where_their_configurations_are(model: Path) -> None:
     def digest(**settings: Any) -> str:
-        return Job.prepare(config_of(model, **settings)).plan.digest()
+        return DecoderJob.prepare(config_of(model, **settings)).plan.digest()
 
     assert digest() == digest()
     assert digest() != digest(model__max_model_len=100)
@@ -110,12 +110,12 @@ def test_plans_are_equal_exactly_where_their_configurations_are(model: Path) -> 
 )
 def test_mistakes(model: Path, settings: dict[str, Any], line: str) -> None:
     with pytest.raises(ConfigError, match=line):
-        Job.prepare(config_of(model, **settings))
+        DecoderJob.prepare(config_of(model, **settings))
 
 
 def test_a_folder_without_a_model(tmp_path: Path) -> None:
     with pytest.raises(IntegrityError, match=r"config\.json: absent"):
-        Job.prepare(config_of(tmp_path))
+        DecoderJob.prepare(config_of(tmp_path))
 
 
 def test_planning_does_without_torch() -> None:

@@ -13,13 +13,14 @@ from parallel.collectives import Group
 from parallel.context import ParallelContext
 from parallel.launch import RankEnv
 from parallel.topology import Topology
-from runner.build import compile as rank_compile
+from runner.build import decoder_recipe
 from runner.build.compile import Destination, Outcome, compile_together
+from runner.build.recipe import recipe_of
 from runner.bundle.weights_file import read_weights
 from runner.compiler.backend import Compiled
 from runner.compiler.eager import EagerBackend
 from runner.compiler.segment import Segment
-from runner.engine.rank import Phase
+from runner.joining import Phase
 from runner.models import decoder
 
 Plant = Callable[[pytest.MonkeyPatch, int], None]
@@ -45,7 +46,7 @@ def build(
     with pytest.MonkeyPatch.context() as patch:
         if plant:
             plant(patch, context.rank)
-        return compile_together(job, context, Destination(out, **options or {}), Phase())
+        return compile_together(recipe_of(job), context, Destination(out, **options or {}), Phase())
 
 
 def build_here(model: Path, out: Path, settings: dict[str, Any], **options: Any) -> Outcome:
@@ -103,7 +104,7 @@ def _change_weights(
             yield held, change(tensor) if held == name else tensor
 
     if only in (None, rank):
-        patch.setattr(rank_compile, "read_weights", read)
+        patch.setattr(decoder_recipe, "read_weights", read)
 
 
 def _times(tensor: torch.Tensor, *, factor: float) -> torch.Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from parallel.plan import ShardPlan
+from parallel.decoder_plan import DecoderPlan
 from parallel.planner import Limits, make_plan
 from parallel.topology import Topology
 from parallel.weights import stream
@@ -47,7 +47,7 @@ CHOICE = Choice(
 CACHE_FILE = "caches/rank1/rtx.cache"
 
 
-def make_plan_of(model: Path, tp_sizes: tuple[int, ...] = (2, 1)) -> ShardPlan:
+def make_plan_of(model: Path, tp_sizes: tuple[int, ...] = (2, 1)) -> DecoderPlan:
     spec = ModelSpec.open(model)
     return make_plan(
         spec.layout,
@@ -59,7 +59,7 @@ def make_plan_of(model: Path, tp_sizes: tuple[int, ...] = (2, 1)) -> ShardPlan:
     )
 
 
-def make_manifest(model: Path, plan: ShardPlan, **changes: Any) -> Manifest:
+def make_manifest(model: Path, plan: DecoderPlan, **changes: Any) -> Manifest:
     """Before it is published: without files."""
     parts: dict[str, Any] = {
         "plan": json.loads(json.dumps(plan.to_dict())),
@@ -83,7 +83,7 @@ def write_artefact(builder: BundleBuilder, key: str) -> None:
             (folder / name).write_bytes(contents)
 
 
-def write_rank(builder: BundleBuilder, model: Path, plan: ShardPlan, rank: int) -> None:
+def write_rank(builder: BundleBuilder, model: Path, plan: DecoderPlan, rank: int) -> None:
     spec, cpu = ModelSpec.open(model), torch.device("cpu")
     tensors = stream(spec.checkpoint, plan.ranks[rank], dtype=torch.bfloat16, device=cpu)
     builder.write_weights(rank, tensors, source=source_of(model))
@@ -93,7 +93,7 @@ def source_of(model: Path) -> str:
     return source_digest(read_source(model.glob("*.safetensors")))
 
 
-def fill(builder: BundleBuilder, model: Path, plan: ShardPlan, scratch: Path) -> None:
+def fill(builder: BundleBuilder, model: Path, plan: DecoderPlan, scratch: Path) -> None:
     """Write whatever is not finished yet."""
     for key in FILES:
         if not builder.finished_artefact(key):

@@ -17,6 +17,7 @@ from torch import nn
 from parallel.checkpoint import SINGLE_FILE
 from parallel.collectives import all_gather, all_reduce, broadcast, broadcast_bytes, minimum
 from parallel.context import ParallelContext
+from parallel.decoder_plan import DecoderPlan, DecoderStagePlan
 from parallel.layers import (
     ColumnParallelLinear,
     MergedColumnParallelLinear,
@@ -25,7 +26,7 @@ from parallel.layers import (
     RowParallelLinear,
     VocabParallelEmbedding,
 )
-from parallel.plan import Carry, ShardPlan, StagePlan
+from parallel.plan import Carry
 from parallel.planner import Limits, make_plan
 from parallel.slicing import even_split, padded_split, split_heads
 from parallel.transfer import CarryTransfer
@@ -189,7 +190,7 @@ def places(context: ParallelContext) -> dict[str, object]:
     }
 
 
-def carry_plan(context: ParallelContext, max_tokens: int) -> ShardPlan:
+def carry_plan(context: ParallelContext, max_tokens: int) -> DecoderPlan:
     """As much of a plan as a transfer reads: two carries of different dtypes at each boundary."""
     carries = (
         Carry("hidden_states", "float32", ("num_tokens", 3)),
@@ -197,10 +198,14 @@ def carry_plan(context: ParallelContext, max_tokens: int) -> ShardPlan:
     )
     topology = context.topology
     stages = tuple(
-        StagePlan((), (0, 0), False, False, False, 0, carries if i < topology.last_stage else (), 0)
+        DecoderStagePlan(
+            (), (0, 0), False, False, False, 0, carries if i < topology.last_stage else (), 0
+        )
         for i in range(topology.num_stages)
     )
-    return ShardPlan("", "float32", 0, max_tokens, topology.tp_sizes, topology.devices, stages, ())
+    return DecoderPlan(
+        "", "float32", 0, max_tokens, topology.tp_sizes, topology.devices, stages, ()
+    )
 
 
 def carries_of(stage: int, step: int, num_tokens: int) -> list[torch.Tensor]:

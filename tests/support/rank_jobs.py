@@ -13,17 +13,17 @@ from runner.engine.loading import load_stage
 from runner.engine.rank import loop, make_engine
 from runner.engine.request import Request, SamplingParams
 from runner.engine.scheduler import Output
-from runner.planning import Job
+from runner.planning import DecoderJob
 
 
-def prepare(model: str, tp_sizes: list[int], settings: dict[str, Any]) -> Job:
+def prepare(model: str, tp_sizes: list[int], settings: dict[str, Any]) -> DecoderJob:
     """A job in float32 with one stage for each of `tp_sizes`; `settings` as for `--set`."""
     overrides = [f"{key}={value}" for key, value in settings.items()]
     stages = ", ".join(f"{{tensor_parallel_size: {size}}}" for size in tp_sizes)
     keys = [f"model.path={model}", "model.dtype=float32", "parallel.device=cpu"]
     if "parallel.stages" not in settings:
         keys.append(f"parallel.stages=[{stages}]")
-    return Job.prepare(load(None, overrides=[*keys, *overrides]).config)
+    return DecoderJob.prepare(load(None, overrides=[*keys, *overrides]).config)
 
 
 class ListFront:
@@ -50,7 +50,7 @@ class ListFront:
 
 
 def requests_of(
-    job: Job, prompts: list[list[int]], num_tokens: int, sampling: dict[str, Any]
+    job: DecoderJob, prompts: list[list[int]], num_tokens: int, sampling: dict[str, Any]
 ) -> list[Request]:
     """One request a prompt, that nothing ends before its length."""
     return make_requests(
@@ -78,7 +78,7 @@ def complete(
 
 def complete_job(
     context: ParallelContext,
-    job: Job,
+    job: DecoderJob,
     prompts: list[list[int]],
     num_tokens: int,
     sampling: dict[str, Any],

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from dummy_model import make_dummy
 
-from parallel.plan import ShardPlan
+from parallel.decoder_plan import DecoderPlan
 from parallel.planner import Limits, make_plan
 from parallel.topology import Topology
 from runner.bench.floor import (
@@ -44,7 +44,7 @@ def count_of(
     return WorkCount(plan, spec.config, Workload(num_requests=3, input_len=5, output_len=4))
 
 
-def weights(plan: ShardPlan) -> list[RankWeights]:
+def weights(plan: DecoderPlan) -> list[RankWeights]:
     return [weights_of(rank, plan.stages[rank.stage]) for rank in plan.ranks]
 
 

@@ -10,7 +10,7 @@ import rank_jobs
 from dummy_model import make_dummy
 
 from runner.build.worklist import Use, Work, stages_of, worklist
-from runner.planning import Job
+from runner.planning import DecoderJob
 
 BUCKETS = (1, 8, 32)
 NUM_LAYERS = 32
@@ -19,12 +19,12 @@ UNEVEN = {"num_attention_heads": 6, "num_key_value_heads": 3, "hidden_size": 24}
 ODD = UNEVEN | {"intermediate_size": 25}
 
 
-def job_of(folder: Path, tp_sizes: list[int], sizes: dict[str, Any]) -> Job:
+def job_of(folder: Path, tp_sizes: list[int], sizes: dict[str, Any]) -> DecoderJob:
     model = make_dummy(folder, num_hidden_layers=NUM_LAYERS, **sizes)
     return rank_jobs.prepare(str(model), tp_sizes, {"model.load_format": "dummy"})
 
 
-def work_of(job: Job, *, max_num_seqs: int = 4) -> list[Work]:
+def work_of(job: DecoderJob, *, max_num_seqs: int = 4) -> list[Work]:
     return worklist(stages_of(job), BUCKETS, max_num_seqs)
 
 

@@ -31,6 +31,7 @@ from bundles import (
 from checkpoints import make_checkpoint
 from processes import ROOT
 
+from parallel.decoder_plan import DecoderPlan
 from parallel.errors import (
     ConfigError,
     IncompatibleError,
@@ -38,14 +39,13 @@ from parallel.errors import (
     InternalError,
     PreflightError,
 )
-from parallel.plan import ShardPlan
 from runner.bundle.builder import BundleBuilder
 from runner.bundle.bundle import Bundle
 from runner.bundle.manifest import Artefact
 
 
 @pytest.fixture
-def plan(model: Path) -> ShardPlan:
+def plan(model: Path) -> DecoderPlan:
     return make_plan_of(model)
 
 
@@ -62,7 +62,7 @@ def names_beside(out: Path) -> list[str]:
     return sorted(path.name for path in out.parent.iterdir() if path.name.startswith(out.name))
 
 
-def finish(builder: BundleBuilder, model: Path, plan: ShardPlan, **changes: Any) -> None:
+def finish(builder: BundleBuilder, model: Path, plan: DecoderPlan, **changes: Any) -> None:
     fill(builder, model, plan, builder.out.with_name("scratch"))
     builder.publish(make_manifest(model, plan, **changes), report={})
 
@@ -76,7 +76,7 @@ def test_two_builds_of_the_same_are_the_same_but_for_the_report(
     assert tree(again)["report.json"] != tree(built)["report.json"]
 
 
-def test_a_bundle_appears_when_it_is_whole(out: Path, model: Path, plan: ShardPlan) -> None:
+def test_a_bundle_appears_when_it_is_whole(out: Path, model: Path, plan: DecoderPlan) -> None:
     with BundleBuilder.lead(out, plan) as builder:
         fill(builder, model, plan, out.with_name("scratch"))
         assert not out.exists()
@@ -91,7 +91,7 @@ def test_a_bundle_appears_when_it_is_whole(out: Path, model: Path, plan: ShardPl
 
 
 def test_ranks_write_their_own_parts_at_once(
-    out: Path, built: Path, model: Path, plan: ShardPlan
+    out: Path, built: Path, model: Path, plan: DecoderPlan
 ) -> None:
     code = (
         "import sys; from pathlib import Path; import bundles\n"
@@ -152,7 +152,7 @@ with BundleBuilder.lead(out, plan) as builder:
 
 @pytest.mark.parametrize("where", ["artefact", "weights"])
 def test_a_compile_that_was_killed_goes_on(
-    where: str, out: Path, built: Path, model: Path, plan: ShardPlan
+    where: str, out: Path, built: Path, model: Path, plan: DecoderPlan
 ) -> None:
     process = start(HALF_DONE, out, model, where, stdout=subprocess.PIPE)
     assert process.stdout is not None
@@ -184,7 +184,7 @@ def test_a_compile_that_was_killed_goes_on(
     assert without_report(out) == without_report(built)
 
 
-def test_a_body_that_raises_leaves_nothing(out: Path, plan: ShardPlan) -> None:
+def test_a_body_that_raises_leaves_nothing(out: Path, plan: DecoderPlan) -> None:
     def build(builder: BundleBuilder) -> None:
         with builder.artefact(ENGINE) as folder:
             (folder / "engine.trt").write_bytes(b"half")
@@ -198,7 +198,7 @@ def test_a_body_that_raises_leaves_nothing(out: Path, plan: ShardPlan) -> None:
 
 
 def test_a_finished_part_that_was_changed_since_is_made_again(
-    out: Path, built: Path, model: Path, plan: ShardPlan, caplog: pytest.LogCaptureFixture
+    out: Path, built: Path, model: Path, plan: DecoderPlan, caplog: pytest.LogCaptureFixture
 ) -> None:
     with BundleBuilder.lead(out, plan) as builder:
         fill(builder, model, plan, out.with_name("scratch"))
@@ -218,7 +218,7 @@ def test_a_finished_part_that_was_changed_since_is_made_again(
 
 
 def test_weights_of_another_source_or_plan_are_made_again(
-    out: Path, model: Path, plan: ShardPlan
+    out: Path, model: Path, plan: DecoderPlan
 ) -> None:
     with BundleBuilder.lead(out, plan) as builder:
         write_rank(builder, model, plan, 0)
@@ -231,7 +231,7 @@ def test_weights_of_another_source_or_plan_are_made_again(
 
 
 def test_what_an_earlier_compile_left_and_nobody_wants_is_dropped(
-    out: Path, built: Path, model: Path, plan: ShardPlan
+    out: Path, built: Path, model: Path, plan: DecoderPlan
 ) -> None:
     four = make_plan_of(model, (2, 2))
     unwanted = "ab" * 32
@@ -245,7 +245,7 @@ def test_what_an_earlier_compile_left_and_nobody_wants_is_dropped(
     assert without_report(out) == without_report(built)
 
 
-def test_random_weights_are_not_in_the_bundle(out: Path, model: Path, plan: ShardPlan) -> None:
+def test_random_weights_are_not_in_the_bundle(out: Path, model: Path, plan: DecoderPlan) -> None:
     with BundleBuilder.lead(out, plan) as builder:
         write_rank(builder, model, plan, 0)
     huge = replace(plan, ranks=tuple(replace(r, weight_bytes=10**18) for r in plan.ranks))
@@ -260,7 +260,7 @@ def test_random_weights_are_not_in_the_bundle(out: Path, model: Path, plan: Shar
         list(opened.weights(0, device=torch.device("cpu")))
 
 
-def test_two_compiles_of_one_bundle_are_refused(out: Path, plan: ShardPlan) -> None:
+def test_two_compiles_of_one_bundle_are_refused(out: Path, plan: DecoderPlan) -> None:
     with BundleBuilder.lead(out, plan) as builder:
         write_artefact(builder, ENGINE)
         with (
@@ -275,7 +275,7 @@ def test_two_compiles_of_one_bundle_are_refused(out: Path, plan: ShardPlan) -> N
         pass
 
 
-def test_a_published_part_must_be_finished(out: Path, model: Path, plan: ShardPlan) -> None:
+def test_a_published_part_must_be_finished(out: Path, model: Path, plan: DecoderPlan) -> None:
     with BundleBuilder.lead(out, plan) as builder:
         fill(builder, model, plan, out.with_name("scratch"))
         more = {**ARTEFACTS, "cd" * 32: Artefact("eager", "mlp", 2)}
@@ -284,7 +284,7 @@ def test_a_published_part_must_be_finished(out: Path, model: Path, plan: ShardPl
     assert not out.exists()
 
 
-def test_the_first_of_two_ranks_with_one_artefact_wins(out: Path, plan: ShardPlan) -> None:
+def test_the_first_of_two_ranks_with_one_artefact_wins(out: Path, plan: DecoderPlan) -> None:
     with BundleBuilder.lead(out, plan) as builder:
         with builder.artefact(ENGINE) as folder:
             (folder / "engine.trt").write_bytes(b"slow")
@@ -298,7 +298,7 @@ def test_the_first_of_two_ranks_with_one_artefact_wins(out: Path, plan: ShardPla
 
 
 def test_an_existing_bundle_is_replaced_only_if_asked(
-    bundle: Path, model: Path, plan: ShardPlan
+    bundle: Path, model: Path, plan: DecoderPlan
 ) -> None:
     with (
         pytest.raises(ConfigError, match=r"bundle is not empty; .* or use --overwrite"),
@@ -316,7 +316,7 @@ def test_an_existing_bundle_is_replaced_only_if_asked(
 
 
 def test_a_bundle_that_appears_meanwhile_is_not_replaced(
-    out: Path, built: Path, model: Path, plan: ShardPlan
+    out: Path, built: Path, model: Path, plan: DecoderPlan
 ) -> None:
     with BundleBuilder.lead(out, plan) as builder:
         shutil.copytree(built, out)
@@ -327,7 +327,7 @@ def test_a_bundle_that_appears_meanwhile_is_not_replaced(
 
 
 def test_an_old_bundle_that_a_kill_left_aside_is_not_taken_for_progress(
-    bundle: Path, out: Path, built: Path, model: Path, plan: ShardPlan
+    bundle: Path, out: Path, built: Path, model: Path, plan: DecoderPlan
 ) -> None:
     bundle.rename(out.with_name("out.partial"))
     with BundleBuilder.lead(out, plan) as builder:
@@ -355,7 +355,7 @@ def test_artefacts_of_an_older_bundle_are_taken_over_whatever_its_cut(
 
 
 def test_an_artefact_that_was_changed_is_not_taken_over(
-    out: Path, bundle: Path, plan: ShardPlan, caplog: pytest.LogCaptureFixture
+    out: Path, bundle: Path, plan: DecoderPlan, caplog: pytest.LogCaptureFixture
 ) -> None:
     flip(bundle / "artefacts" / ENGINE / "engine.trt", 0)
     with BundleBuilder.lead(out, plan, reuse_from=[bundle]) as builder:
@@ -380,7 +380,7 @@ def test_a_bundle_may_take_over_from_the_one_that_it_replaces(bundle: Path, mode
     Bundle.open(bundle).verify()
 
 
-def test_an_artefact_may_not_hold_a_link(out: Path, plan: ShardPlan) -> None:
+def test_an_artefact_may_not_hold_a_link(out: Path, plan: DecoderPlan) -> None:
     def build(builder: BundleBuilder) -> None:
         with builder.artefact(ENGINE) as folder:
             (folder / "engine.trt").symlink_to("/etc/hostname")
@@ -391,7 +391,7 @@ def test_an_artefact_may_not_hold_a_link(out: Path, plan: ShardPlan) -> None:
         assert not builder.finished_artefact(ENGINE)
 
 
-def test_a_disk_that_is_too_small_is_said_at_once(out: Path, plan: ShardPlan) -> None:
+def test_a_disk_that_is_too_small_is_said_at_once(out: Path, plan: DecoderPlan) -> None:
     huge = replace(plan, ranks=tuple(replace(r, weight_bytes=10**18) for r in plan.ranks))
     with (
         pytest.raises(PreflightError, match=r"the weights take 3,?000000000.0 GB and the disk"),
@@ -441,7 +441,7 @@ def test_a_file_or_an_empty_folder_at_the_target(
 
 
 def test_a_target_that_is_reached_through_a_link_stays_one(
-    tmp_path: Path, model: Path, plan: ShardPlan
+    tmp_path: Path, model: Path, plan: DecoderPlan
 ) -> None:
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to("real")

@@ -13,7 +13,7 @@ from bundles import ENGINE, make_manifest, make_plan_of, rewrite_manifest
 
 from parallel.errors import IncompatibleError, IntegrityError, ShardlineError
 from runner.bundle.files import CHUNK_BYTES
-from runner.bundle.manifest import FileEntry, Manifest, Place, place_of
+from runner.bundle.manifest import SCHEMA, FileEntry, Manifest, Place, place_of
 
 COMMAND = "shardline compile --config PLAN.YAML --output {} --overwrite"
 
@@ -73,7 +73,7 @@ def test_every_changed_byte_is_found(bundle: Path) -> None:
         (' "config"', '  "config"'),
         (' "config"', '\r\n "config"'),
         (' "self": ', ' "self":'),
-        ('"schema": 1,', '"schema": 1, "schema": 1,'),
+        ('"schema": 2,', '"schema": 2, "schema": 2,'),
     ],
 )
 def test_an_edit_is_found_by_the_manifest_itself(old: str, new: str, bundle: Path) -> None:
@@ -92,7 +92,7 @@ def test_its_hash_can_be_checked_by_hand(bundle: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    "text", ["", "{", "[]", "null", "\xff", '{"schema": 1}', '{"schema": NaN}']
+    "text", ["", "{", "[]", "null", "\xff", '{"schema": 2}', '{"schema": NaN}']
 )
 def test_what_is_no_manifest_is_an_integrity_error(text: str, bundle: Path) -> None:
     (bundle / "manifest.json").write_bytes(text.encode("latin-1"))
@@ -105,12 +105,12 @@ def test_a_number_that_is_none_is_refused(bundle: Path) -> None:
     assert refused(bundle).exit_code == 4
 
 
-@pytest.mark.parametrize("schema", [0, 2, 10**6])
+@pytest.mark.parametrize("schema", [0, SCHEMA - 1, SCHEMA + 1, 10**6])
 def test_another_schema_is_incompatible_whatever_else_there_is(schema: int, bundle: Path) -> None:
     (bundle / "manifest.json").write_text(json.dumps({"schema": schema, "news": []}))
     error = refused(bundle)
     assert error.exit_code == 5
-    assert f"has schema version {schema}, this shardline reads version 1" in str(error)
+    assert f"has schema version {schema}, this shardline reads version {SCHEMA}" in str(error)
 
 
 @pytest.mark.parametrize("schema", ["1", None, True, 1.0])

@@ -6,10 +6,11 @@ from pathlib import Path
 from runner.build.built import Built
 from runner.build.compile import Outcome
 from runner.build.parity import ParityReport, UnitParity
+from runner.build.recipe import Verdict
 from runner.build.whole_parity import WholeParity
 from runner.build.worklist import Use
 from runner.bundle.manifest import Candidate
-from runner.cli.compile_text import parity_line, summary
+from runner.cli.compile_text import summary
 
 MEASURED = Built(
     kind="qkv",
@@ -64,16 +65,16 @@ def test_a_line_a_segment_then_totals_and_the_comparison() -> None:
 
 
 def test_the_worst_unit_is_the_one_that_points_farthest_away() -> None:
-    assert parity_line(PASSED) == (
+    assert PASSED.line() == (
         "parity: passed; smallest cosine of a layer's contribution 0.999500 (layers.1 at 16 "
         "tokens); top-1 0.992, KL 0.0013 over 128 positions"
     )
 
 
 def test_a_comparison_that_failed_and_one_that_was_not_made() -> None:
-    assert parity_line(replace(PASSED, passed=False, reason="layers.1 is wrong")) == (
+    assert replace(PASSED, passed=False, reason="layers.1 is wrong").line() == (
         "parity: FAILED: layers.1 is wrong"
     )
-    assert parity_line(ParityReport(False, "not compared: compiled with --no-run")) == (
+    assert Verdict(False, "not compared: compiled with --no-run").line() == (
         "parity: not compared: compiled with --no-run"
     )

@@ -88,10 +88,10 @@ def test_what_is_no_bundle_ends_with_4_and_another_version_with_5(
     done = run_command("inspect", str(tmp_path))
     assert (done.returncode, done.stdout) == (4, "")
     assert "is no bundle" in done.stderr
-    (bundle / "manifest.json").write_text('{"schema": 2}')
+    (bundle / "manifest.json").write_text('{"schema": 1}')
     done = run_command("inspect", str(bundle))
     assert done.returncode == 5
-    assert "schema version 2" in done.stderr
+    assert "schema version 1" in done.stderr
 
 
 def test_it_needs_no_torch(built: Path) -> None:

@@ -10,7 +10,7 @@ from xml.etree import ElementTree as ET
 import pytest
 from sparse_checkpoint import LLAMA_70B, make_sparse_llama
 
-from parallel.plan import RankPlan, ShardPlan
+from parallel.decoder_plan import DecoderPlan, DecoderRankPlan
 from parallel.planner import Limits, make_plan
 from parallel.topology import Topology
 from runner.cli.plan_svg import draw
@@ -25,12 +25,12 @@ Box = tuple[float, float, float, float]
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[int, ...]], ShardPlan]:
+def planned(tmp_path_factory: pytest.TempPathFactory) -> Callable[[tuple[int, ...]], DecoderPlan]:
     """A plan of llama-70B by its tensor-parallel sizes."""
     spec = ModelSpec.open(make_sparse_llama(tmp_path_factory.mktemp("llama-70b"), LLAMA_70B))
 
     @cache
-    def plan(tp_sizes: tuple[int, ...], stages: tuple[tuple[str, ...], ...] = ()) -> ShardPlan:
+    def plan(tp_sizes: tuple[int, ...], stages: tuple[tuple[str, ...], ...] = ()) -> DecoderPlan:
         return make_plan(
             spec.layout,
             spec.checkpoint,
@@ -73,14 +73,14 @@ def texts(element: ET.Element) -> list[str]:
     return [text.text or "" for text in element.iter(f"{SVG}text")]
 
 
-def part_bytes(plan: ShardPlan, rank: RankPlan) -> list[int]:
+def part_bytes(plan: DecoderPlan, rank: DecoderRankPlan) -> list[int]:
     kv_bytes = rank.kv_bytes_per_token * plan.max_model_len
     return [rank.weight_bytes, rank.activation_bytes, kv_bytes]
 
 
 @pytest.mark.parametrize("tp_sizes", TP_SIZES, ids=str)
 def test_no_text_leaves_its_box_or_covers_another(
-    planned: Callable[..., ShardPlan], tp_sizes: tuple[int, ...]
+    planned: Callable[..., DecoderPlan], tp_sizes: tuple[int, ...]
 ) -> None:
     root = ET.fromstring(draw(planned(tp_sizes)))
     page = (0.0, 0.0, float(root.get("width", "nan")), float(root.get("height", "nan")))
@@ -97,7 +97,7 @@ def test_no_text_leaves_its_box_or_covers_another(
 
 @pytest.mark.parametrize("tp_sizes", TP_SIZES, ids=str)
 def test_bars_are_to_one_scale(
-    planned: Callable[..., ShardPlan], tp_sizes: tuple[int, ...]
+    planned: Callable[..., DecoderPlan], tp_sizes: tuple[int, ...]
 ) -> None:
     plan = planned(tp_sizes)
     drawn = cards(ET.fromstring(draw(plan)))
@@ -119,7 +119,7 @@ def test_bars_are_to_one_scale(
     assert scales == pytest.approx([scales[0]] * len(scales), rel=1e-3)
 
 
-def test_a_card_names_rank_device_heads_and_bytes(planned: Callable[..., ShardPlan]) -> None:
+def test_a_card_names_rank_device_heads_and_bytes(planned: Callable[..., DecoderPlan]) -> None:
     plan = planned((2, 2))
     card = cards(ET.fromstring(draw(plan)))[3]
     rank = plan.ranks[3]
@@ -133,7 +133,7 @@ def test_a_card_names_rank_device_heads_and_bytes(planned: Callable[..., ShardPl
     assert f"weights {rank.weight_bytes:,} B" in (exact.text or "")
 
 
-def test_a_stage_names_its_modules(planned: Callable[..., ShardPlan]) -> None:
+def test_a_stage_names_its_modules(planned: Callable[..., DecoderPlan]) -> None:
     root = ET.fromstring(draw(planned((4, 4))))
     stages = root.findall(f".//{SVG}g[@class='stage']")
     assert [" ".join(texts(stage)) for stage in stages] == [
@@ -143,7 +143,7 @@ def test_a_stage_names_its_modules(planned: Callable[..., ShardPlan]) -> None:
     assert "LlamaForCausalLM, bfloat16" in texts(root)
 
 
-def test_stage_without_layers_shows_its_vocabulary(planned: Callable[..., ShardPlan]) -> None:
+def test_stage_without_layers_shows_its_vocabulary(planned: Callable[..., DecoderPlan]) -> None:
     stages = (("model.embed_tokens", "model.layers.*"), ("model.norm", "lm_head"))
     root = ET.fromstring(draw(planned((1, 2), stages)))
     assert texts(cards(root)[2])[2] == "vocabulary 64128..128255"
@@ -151,7 +151,7 @@ def test_stage_without_layers_shows_its_vocabulary(planned: Callable[..., ShardP
 
 @pytest.mark.parametrize("tp_sizes", TP_SIZES, ids=str)
 def test_an_arrow_runs_from_each_carry_to_its_taker(
-    planned: Callable[..., ShardPlan], tp_sizes: tuple[int, ...]
+    planned: Callable[..., DecoderPlan], tp_sizes: tuple[int, ...]
 ) -> None:
     plan = planned(tp_sizes)
     root = ET.fromstring(draw(plan))
@@ -174,7 +174,7 @@ def _at(point: tuple[float, float], outlines: list[Box]) -> int:
     return found
 
 
-def test_it_is_standalone_on_white_with_a_legend(planned: Callable[..., ShardPlan]) -> None:
+def test_it_is_standalone_on_white_with_a_legend(planned: Callable[..., DecoderPlan]) -> None:
     document = draw(planned((2, 2)))
     root = ET.fromstring(document)
     assert {element.tag for element in root.iter()} == {
@@ -196,7 +196,7 @@ def test_it_is_standalone_on_white_with_a_legend(planned: Callable[..., ShardPla
     assert len(set(legend)) == 3
 
 
-def test_long_names_are_shortened(planned: Callable[..., ShardPlan]) -> None:
+def test_long_names_are_shortened(planned: Callable[..., DecoderPlan]) -> None:
     plan = planned((2, 2))
     stage = replace(plan.stages[0], modules=("a_module_with_a_long_name." * 20, "<&>"))
     changed = replace(plan, architecture="Architecture" * 20, stages=(stage, plan.stages[1]))

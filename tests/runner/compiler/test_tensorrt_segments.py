@@ -16,7 +16,7 @@ from runner.compiler.tensorrt_target import BuildJob, run_builder
 from runner.config.load import load
 from runner.models.attention import GatherAttention
 from runner.models.decoder import DecoderStage
-from runner.planning import Job
+from runner.planning import DecoderJob
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -49,7 +49,7 @@ def segments_of(folder: Path, case: Case) -> list[Work]:
         "parallel.tensor_parallel_size": case.tp_size,
     }
     overrides = [f"{key}={value}" for key, value in settings.items()]
-    job = Job.prepare(load(None, overrides=overrides).config)
+    job = DecoderJob.prepare(load(None, overrides=overrides).config)
     stages = [
         DecoderStage(
             job.spec.config,

@@ -70,6 +70,12 @@ def test_origins_cover_every_key_in_the_order_of_the_schema() -> None:
     assert loaded.origins == {
         "version": "plan.yaml:1:10",
         "model.path": "plan.yaml:2:15",
+        "model.format": "default",
+        "model.factory": "default",
+        "model.factory_path": "default",
+        "model.factory_args": "default",
+        "model.inputs": "default",
+        "model.dims": "default",
         "model.dtype": "default",
         "model.load_format": "default",
         "model.max_model_len": "default",
@@ -81,6 +87,8 @@ def test_origins_cover_every_key_in_the_order_of_the_schema() -> None:
         "parallel.stages.1.modules": "plan.yaml:7:17",
         "parallel.stages.1.tensor_parallel_size": "plan.yaml:7:46",
         "parallel.stages.1.devices": "default",
+        "parallel.split_points": "default",
+        "parallel.tp_plan": "default",
         "parallel.device": "default",
         "compile.backend": "default",
         "compile.buckets": "default",
@@ -93,13 +101,19 @@ def test_origins_cover_every_key_in_the_order_of_the_schema() -> None:
         "compile.parity.num_tokens": "default",
         "scheduler.max_num_seqs": "--set",
         "scheduler.max_num_batched_tokens": "default",
+        "scheduler.max_batch_size": "default",
+        "scheduler.preferred_batch_size": "default",
+        "scheduler.max_queue_delay_ms": "default",
+        "scheduler.max_queue_size": "default",
         "kv_cache.gpu_memory_utilization": "default",
         "kv_cache.block_size": "default",
         "distributed.init_timeout_s": "default",
         "distributed.build_timeout_s": "default",
         "distributed.collective_timeout_s": "default",
+        "tiling": "default",
+        "security.factories": "default",
     }
-    assert list(loaded.origins)[:3] == ["version", "model.path", "model.dtype"]
+    assert list(loaded.origins)[:3] == ["version", "model.path", "model.format"]
     assert loaded.config.parallel.pipeline_parallel_size == 2
 
 
@@ -129,6 +143,72 @@ def test_set_null_and_values_that_hold_an_equals_sign() -> None:
     assert loaded.config.model.path == "a=b"
     assert loaded.origins["parallel.stages"] == "--set"
     assert loaded.origins["parallel.pipeline_parallel_size"] == "default"
+
+
+def tensor_model(dims: str = "") -> Path:
+    Path("m.onnx").touch()
+    shape = "[batch, 3, height, width]"
+    head = "version: 1\nmodel:\n  path: m.onnx\n"
+    return plan(f"{head}  inputs: [{{name: image, shape: {shape}}}]\n{dims}")
+
+
+def test_set_changes_an_entry_of_a_mapping() -> None:
+    path = tensor_model("  dims: {height: [320], width: [480]}\n")
+    loaded = load(path, overrides=["model.dims.height=[320, 640]", "model.dims.width.0=512"])
+    assert loaded.config.model.dims == {"height": [320, 640], "width": [512]}
+    loaded = load(path, overrides=["model.dims.height=[320, 640]"])
+    assert loaded.origins["model.dims.height"] == "--set"
+    assert loaded.origins["model.dims.width"] == "plan.yaml:5:32"
+    with pytest.raises(
+        ConfigError, match=r"^--set: model\.dims\.height: 'x' is a string; use a li"
+    ):
+        load(path, overrides=["model.dims.height=x"])
+
+
+def test_set_makes_a_mapping_that_the_file_does_not_have() -> None:
+    overrides = ["model.dims.height=[320]", "model.dims.width=[480]"]
+    loaded = load(tensor_model(), overrides=overrides)
+    assert loaded.config.model.dims == {"height": [320], "width": [480]}
+    overrides = ["model.factory_args.block.depth=3", 'parallel.tp_plan={"a.*.up": colwise}']
+    loaded = load(plan(HEAD), overrides=overrides)
+    assert loaded.config.model.factory_args == {"block": {"depth": 3}}
+    assert loaded.config.parallel.tp_plan == {"a.*.up": "colwise"}
+    assert loaded.origins["model.factory_args.block"] == "--set"
+    assert loaded.origins["parallel.tp_plan.a.*.up"] == "--set"
+
+
+def test_the_pipeline_size_follows_the_split_points() -> None:
+    loaded = load(plan(HEAD + "parallel: {split_points: [a]}\n"))
+    assert loaded.origins["parallel.pipeline_parallel_size"] == "parallel.split_points"
+
+
+def test_a_name_with_dots_is_not_taken_apart_in_silence() -> None:
+    message = "--set: parallel.tp_plan.a: {'up': 'colwise'} is a mapping; use a string"
+    with pytest.raises(ConfigError, match=f"^{re.escape(message)}$"):
+        load(plan(HEAD), overrides=["parallel.tp_plan.a.up=colwise"])
+
+
+@pytest.mark.parametrize(
+    ("path", "keys"),
+    [
+        ("m", ""),
+        ("m", "format: safetensors"),
+        ("m", "load_format: dummy"),
+        ("m", "factory: null"),
+        ("m.onnx", "INPUTS"),
+        ("m.pt2", "INPUTS"),
+        ("model.bin", "format: onnx, INPUTS"),
+        ("model.bin", "format: pt2, INPUTS"),
+        ("model.bin", 'factory: "a:b", INPUTS'),
+        ("m", 'factory: "a:b", load_format: dummy, INPUTS'),
+    ],
+)
+def test_a_language_model_is_a_folder_and_a_tensor_model_a_file(path: str, keys: str) -> None:
+    for name in ("m.onnx", "m.pt2", "model.bin"):
+        Path(name).touch()
+    keys = keys.replace("INPUTS", "inputs: [{name: x, shape: [batch]}]")
+    text = f"version: 1\nmodel: {{path: {path}, {keys}}}\n"
+    assert load(plan(text)).config.model.path == path
 
 
 @pytest.mark.parametrize(

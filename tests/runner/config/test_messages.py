@@ -175,13 +175,13 @@ def lines(path: Path | None, **options: object) -> list[str]:
         ),
         (
             "version: 1\nmodel:\n  dtype: auto\n",
-            "plan.yaml:2:1: model.path: missing; it is needed: local directory that holds the "
-            "model, relative to the working directory; never a hub id",
+            "plan.yaml:2:1: model.path: missing; it is needed: local folder or file of the model, "
+            "relative to the working directory; never a hub id",
         ),
         (
             "version: 1\n",
-            "plan.yaml: model.path: missing; it is needed: local directory that holds the "
-            "model, relative to the working directory; never a hub id",
+            "plan.yaml: model.path: missing; it is needed: local folder or file of the model, "
+            "relative to the working directory; never a hub id",
         ),
         (
             "version: 1\nmodel: {path: meta-llama/Llama-3-8B}\n",
@@ -241,7 +241,7 @@ def test_a_long_value_is_cut() -> None:
 
 def test_flags_alone_give_lines_without_a_file() -> None:
     assert lines(None) == [
-        "model.path: missing; it is needed: local directory that holds the model, "
+        "model.path: missing; it is needed: local folder or file of the model, "
         "relative to the working directory; never a hub id"
     ]
     flags = {"model.path": Flag("MODEL", "org/name"), "model.dtype": Flag("--dtype", "fp16")}

@@ -6,7 +6,7 @@ import pytest
 from pydantic import ValidationError
 
 from runner.config.fields import field_at, section_of, walk
-from runner.config.schema import ParallelConfig, RunnerConfig, StageConfig
+from runner.config.schema import TP_STYLES, ModelConfig, ParallelConfig, RunnerConfig, StageConfig
 
 MINIMAL: dict[str, Any] = {"version": 1, "model": {"path": "/m"}}
 
@@ -15,11 +15,24 @@ def test_defaults_are_those_that_the_documentation_promises() -> None:
     config = RunnerConfig.model_validate(MINIMAL)
     assert config.model_dump() == {
         "version": 1,
-        "model": {"path": "/m", "dtype": "auto", "load_format": "auto", "max_model_len": None},
+        "model": {
+            "path": "/m",
+            "format": "auto",
+            "factory": None,
+            "factory_path": None,
+            "factory_args": {},
+            "inputs": None,
+            "dims": {},
+            "dtype": "auto",
+            "load_format": "auto",
+            "max_model_len": None,
+        },
         "parallel": {
             "tensor_parallel_size": 1,
             "pipeline_parallel_size": 1,
             "stages": None,
+            "split_points": None,
+            "tp_plan": None,
             "device": "auto",
         },
         "compile": {
@@ -35,13 +48,22 @@ def test_defaults_are_those_that_the_documentation_promises() -> None:
                 "num_tokens": 128,
             },
         },
-        "scheduler": {"max_num_seqs": 32, "max_num_batched_tokens": 8192},
+        "scheduler": {
+            "max_num_seqs": 32,
+            "max_num_batched_tokens": 8192,
+            "max_batch_size": 8,
+            "preferred_batch_size": None,
+            "max_queue_delay_ms": 5.0,
+            "max_queue_size": 256,
+        },
         "kv_cache": {"gpu_memory_utilization": 0.9, "block_size": 16},
         "distributed": {
             "init_timeout_s": 300.0,
             "build_timeout_s": 7200.0,
             "collective_timeout_s": None,
         },
+        "tiling": None,
+        "security": {"factories": []},
     }
 
 
@@ -68,6 +90,16 @@ def test_every_default_passes_its_own_checks() -> None:
         ("parallel", {"stages": [{"tensor_parallel_size": 0}]}),
         ("scheduler", {"max_num_seqs": 0}),
         ("scheduler", {"max_num_batched_tokens": 0}),
+        ("scheduler", {"max_batch_size": 0}),
+        ("scheduler", {"max_queue_delay_ms": -0.1}),
+        ("scheduler", {"max_queue_size": 0}),
+        ("tiling", {}),
+        ("tiling", {"roi_size": [64]}),
+        ("tiling", {"roi_size": [64, 64, 64, 64]}),
+        ("tiling", {"roi_size": [64, 0]}),
+        ("tiling", {"roi_size": [64, 64], "overlap": 1.0}),
+        ("tiling", {"roi_size": [64, 64], "sigma_scale": 0}),
+        ("security", {"factories": [""]}),
         ("kv_cache", {"gpu_memory_utilization": 0.0}),
         ("kv_cache", {"gpu_memory_utilization": 1.01}),
         ("kv_cache", {"gpu_memory_utilization": float("nan")}),
@@ -179,6 +211,48 @@ def test_stages_that_do_not_agree(parallel: dict[str, Any], fault: str) -> None:
 def test_the_pipeline_size_may_repeat_the_number_of_stages() -> None:
     given = {"pipeline_parallel_size": 2, "stages": [{}, {"tensor_parallel_size": 3}]}
     assert ParallelConfig.model_validate(given).tensor_parallel_sizes == [1, 3]
+
+
+@pytest.mark.parametrize(
+    ("given", "found", "kind"),
+    [
+        ({"path": "/m"}, "safetensors", "decoder"),
+        ({"path": "/m.safetensors"}, "safetensors", "decoder"),
+        ({"path": "/m", "format": "safetensors"}, "safetensors", "decoder"),
+        ({"path": "/m.onnx"}, "onnx", "graph"),
+        ({"path": "/m.pt2"}, "pt2", "graph"),
+        ({"path": "/m", "factory": "a:b"}, "factory", "graph"),
+        ({"path": "/m.onnx", "factory": "a:b"}, "factory", "graph"),
+        ({"path": "/m", "format": "onnx"}, "onnx", "graph"),
+        ({"path": "/m.onnx", "format": "pt2"}, "pt2", "graph"),
+        ({"path": "/m.onnx", "format": "safetensors"}, "safetensors", "decoder"),
+    ],
+)
+def test_what_a_model_is_follows_from_names(given: dict[str, Any], found: str, kind: str) -> None:
+    inputs = [{"name": "x", "shape": ["batch", 3]}] if kind == "graph" else None
+    model = ModelConfig.model_validate(given | {"inputs": inputs})
+    assert (model.resolved_format, model.kind) == (found, kind)
+
+
+@pytest.mark.parametrize("shape", [[], [1], ["batch"], ["batch", 3, "n"], ["n", 2, "n"]])
+def test_accepts_sizes_and_names_as_a_shape(shape: list[Any]) -> None:
+    dims = {"n": [1, 2]} if "n" in shape else {}
+    inputs = [{"name": "x", "shape": shape}]
+    model = ModelConfig.model_validate({"path": "/m.onnx", "inputs": inputs, "dims": dims})
+    assert model.inputs is not None
+    assert model.inputs[0].shape == shape
+
+
+def test_the_pipeline_size_follows_the_split_points() -> None:
+    assert ParallelConfig(split_points=["a", "b"]).pipeline_parallel_size == 3
+    stages = [StageConfig(), StageConfig(tensor_parallel_size=2)]
+    parallel = ParallelConfig(split_points=["a"], stages=stages)
+    assert parallel.tensor_parallel_sizes == [1, 2]
+
+
+def test_every_style_of_a_tp_plan_is_accepted() -> None:
+    plan = {f"m{index}": style for index, style in enumerate(TP_STYLES)}
+    assert ParallelConfig(tp_plan=plan).tp_plan == plan
 
 
 def test_every_key_is_described_in_one_sentence() -> None:

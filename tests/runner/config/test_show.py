@@ -18,6 +18,17 @@ parallel:
     - {modules: ["a.{0..1}", b], devices: [3]}
 """
 
+TENSOR_TEXT = """\
+version: 1
+model:
+  path: w.bin
+  factory: "a:b"
+  inputs: [{name: image, shape: [batch, 3, height]}]
+  factory_args: {depth: 3}
+  dims: {height: [320, 640]}
+tiling: {roi_size: [64, 64]}
+"""
+
 
 def test_each_value_stands_in_one_aligned_line_with_its_origin() -> None:
     flags = {"scheduler.max_num_seqs": Flag("--max-num-seqs", 4)}
@@ -25,6 +36,12 @@ def test_each_value_stands_in_one_aligned_line_with_its_origin() -> None:
     assert show(loaded).splitlines() == [
         "version                                 1                  plan.yaml:1:10",
         "model.path                              m                  plan.yaml:2:15",
+        "model.format                            auto               default",
+        "model.factory                           null               default",
+        "model.factory_path                      null               default",
+        "model.factory_args                      {}                 default",
+        "model.inputs                            null               default",
+        "model.dims                              {}                 default",
         "model.dtype                             auto               default",
         "model.load_format                       auto               default",
         "model.max_model_len                     null               default",
@@ -33,6 +50,8 @@ def test_each_value_stands_in_one_aligned_line_with_its_origin() -> None:
         'parallel.stages.0.modules               ["a.{0..1}", "b"]  plan.yaml:5:17',
         "parallel.stages.0.tensor_parallel_size  null               default",
         "parallel.stages.0.devices               [3]                plan.yaml:5:43",
+        "parallel.split_points                   null               default",
+        "parallel.tp_plan                        null               default",
         "parallel.device                         auto               default",
         "compile.backend                         tensorrt           default",
         "compile.buckets                         null               default",
@@ -45,12 +64,35 @@ def test_each_value_stands_in_one_aligned_line_with_its_origin() -> None:
         "compile.parity.num_tokens               128                default",
         "scheduler.max_num_seqs                  4                  --max-num-seqs",
         "scheduler.max_num_batched_tokens        8192               default",
+        "scheduler.max_batch_size                8                  default",
+        "scheduler.preferred_batch_size          null               default",
+        "scheduler.max_queue_delay_ms            5.0                default",
+        "scheduler.max_queue_size                256                default",
         "kv_cache.gpu_memory_utilization         0.9                default",
         "kv_cache.block_size                     32                 --set",
         "distributed.init_timeout_s              300.0              default",
         "distributed.build_timeout_s             7200.0             default",
         "distributed.collective_timeout_s        null               default",
+        "tiling                                  null               default",
+        "security.factories                      []                 default",
     ]
+
+
+def test_a_tensor_model_is_shown_with_its_mappings_and_inputs() -> None:
+    Path("w.bin").touch()
+    loaded = load(plan(TENSOR_TEXT), overrides=['parallel.tp_plan={"a.*.up": colwise}'])
+    lines = [" ".join(line.split()) for line in show(loaded).splitlines()]
+    assert lines[5:10] == [
+        "model.factory_args.depth 3 plan.yaml:6:25",
+        "model.inputs.0.name image plan.yaml:5:19",
+        "model.inputs.0.dtype float32 default",
+        'model.inputs.0.shape ["batch", 3, "height"] plan.yaml:5:33',
+        "model.dims.height [320, 640] plan.yaml:7:18",
+    ]
+    assert "parallel.tp_plan.a.*.up colwise --set" in lines
+    assert "tiling.roi_size [64, 64] plan.yaml:8:20" in lines
+    assert "tiling.sw_batch_size null default" in lines
+    assert as_json(loaded)["config"]["model"]["dims"] == {"height": [320, 640]}
 
 
 def test_text_that_yaml_would_take_for_something_else_is_quoted() -> None:

@@ -15,9 +15,9 @@ from rank_pool import RankPool
 
 from parallel.collectives import Group
 from parallel.context import ParallelContext
+from parallel.decoder_plan import DecoderRankPlan
 from parallel.errors import DoesNotFitError
 from parallel.launch import RankEnv
-from parallel.plan import RankPlan
 from parallel.topology import Topology
 from runner.engine.kv_capacity import agree_on_blocks
 from runner.observe.cgroup import read_cgroup_limits
@@ -29,23 +29,28 @@ def alone() -> ParallelContext:
 
 
 @pytest.fixture
-def rank_plan(checkpoint: Callable[[str], Path]) -> RankPlan:
+def rank_plan(checkpoint: Callable[[str], Path]) -> DecoderRankPlan:
     return rank_jobs.prepare(str(checkpoint("llama")), [1], {}).plan.ranks[0]
 
 
 def blocks(
-    wanted: int, context: ParallelContext, plan: RankPlan, *, utilization: float = 0.9, **sizes: int
+    wanted: int,
+    context: ParallelContext,
+    plan: DecoderRankPlan,
+    *,
+    utilization: float = 0.9,
+    **sizes: int,
 ) -> int:
     """With a plan of other `sizes`."""
     changed = dataclasses.replace(plan, **sizes)  # type: ignore[arg-type]
     return agree_on_blocks(wanted, context, changed, block_size=16, utilization=utilization)
 
 
-def test_no_more_than_is_wanted(alone: ParallelContext, rank_plan: RankPlan) -> None:
+def test_no_more_than_is_wanted(alone: ParallelContext, rank_plan: DecoderRankPlan) -> None:
     assert blocks(5, alone, rank_plan) == 5
 
 
-def test_no_more_than_memory_holds(alone: ParallelContext, rank_plan: RankPlan) -> None:
+def test_no_more_than_memory_holds(alone: ParallelContext, rank_plan: DecoderRankPlan) -> None:
     """Half of the memory holds half as many; a job's ranks share the host's memory."""
     sizes = {"kv_bytes_per_token": 2**16, "activation_bytes": 0}
     all_of_it = blocks(10**9, alone, rank_plan, utilization=1.0, **sizes)
@@ -60,7 +65,7 @@ def test_no_more_than_memory_holds(alone: ParallelContext, rank_plan: RankPlan) 
 
 
 def test_file_cache_is_free_and_a_container_has_a_limit(
-    alone: ParallelContext, rank_plan: RankPlan
+    alone: ParallelContext, rank_plan: DecoderRankPlan
 ) -> None:
     """Reading a checkpoint fills the file cache; the kernel gives that back on demand."""
     available = psutil.virtual_memory().available
@@ -71,7 +76,7 @@ def test_file_cache_is_free_and_a_container_has_a_limit(
 
 
 def test_a_rank_without_layers_takes_what_the_others_do(
-    alone: ParallelContext, rank_plan: RankPlan
+    alone: ParallelContext, rank_plan: DecoderRankPlan
 ) -> None:
     assert blocks(123, alone, rank_plan, kv_bytes_per_token=0) == 123
 
@@ -80,7 +85,7 @@ def test_a_rank_without_layers_takes_what_the_others_do(
     "sizes", [{"kv_bytes_per_token": 2**40}, {"activation_bytes": 2**50}], ids=["block", "step"]
 )
 def test_no_room_for_one_block(
-    sizes: dict[str, int], alone: ParallelContext, rank_plan: RankPlan
+    sizes: dict[str, int], alone: ParallelContext, rank_plan: DecoderRankPlan
 ) -> None:
     line = r"no memory for a KV cache: .*; use a lower scheduler.max_num_batched_tokens"
     with pytest.raises(DoesNotFitError, match=line) as error:
@@ -105,7 +110,7 @@ class _Rank:
 
 @pytest.mark.dist
 def test_ranks_agree_on_what_the_fullest_can_hold(
-    rank_pool: RankPool, alone: ParallelContext, rank_plan: RankPlan
+    rank_pool: RankPool, alone: ParallelContext, rank_plan: DecoderRankPlan
 ) -> None:
     """Only rank 0 knows what is wanted, and another rank may have the least room."""
     light, heavy = (

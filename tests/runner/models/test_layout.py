@@ -8,7 +8,7 @@ import torch
 from checkpoints import FAMILIES
 
 from parallel.collectives import Group
-from parallel.plan import ShardPlan
+from parallel.decoder_plan import DecoderPlan
 from parallel.planner import Limits, make_plan
 from parallel.topology import Topology
 from runner.models.attention import GatherAttention
@@ -18,7 +18,7 @@ from runner.models.spec import ModelSpec
 LIMITS = Limits(max_model_len=32, max_num_seqs=2, max_num_batched_tokens=16)
 
 
-def plan_of(spec: ModelSpec, tp_sizes: list[int]) -> ShardPlan:
+def plan_of(spec: ModelSpec, tp_sizes: list[int]) -> DecoderPlan:
     return make_plan(
         spec.layout,
         spec.checkpoint,
@@ -29,7 +29,7 @@ def plan_of(spec: ModelSpec, tp_sizes: list[int]) -> ShardPlan:
     )
 
 
-def stage_of(spec: ModelSpec, plan: ShardPlan, rank: int) -> DecoderStage:
+def stage_of(spec: ModelSpec, plan: DecoderPlan, rank: int) -> DecoderStage:
     """A rank's module, without memory."""
     rank_plan = plan.ranks[rank]
     tp_size = plan.tp_sizes[rank_plan.stage]
