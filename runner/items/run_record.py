@@ -1,0 +1,95 @@
+"""run.json: what the results of a folder were made with; a folder never holds those of two runs.
+
+Not here: the results (`writing`), and the bad items (`failures`).
+"""
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from parallel.errors import ConfigError, IntegrityError
+from runner.bundle.durable import rename
+from runner.config.json_file import read_json_object
+from runner.items.folder_lock import LOCK
+
+RECORD = "run.json"
+PARTIAL = ".partial"
+"""How a file's name ends, after a dot at its beginning, until it is whole."""
+
+
+def partial_of(path: Path) -> Path:
+    """What a file is called until it is whole; in the same folder, so that it can be renamed."""
+    return path.with_name(f".{path.name}{PARTIAL}")
+
+
+def begin_run(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Make a folder, which this process has locked, one of this run: a new one, or its own.
+
+    Args:
+        settings: of JSON values.
+        overwrite: remove all that a folder of another run holds.
+
+    Raises:
+        ConfigError: the folder has results of other settings, or is no folder of a run.
+    """
+    record = folder / RECORD
+    text = json.dumps(dict(settings), indent=2)
+    if not record.exists():
+        _refuse_strange_folder(folder)
+    elif overwrite:
+        _empty(folder)
+    else:
+        _refuse_other_settings(folder, json.loads(text))
+        return
+    aside = partial_of(record)
+    aside.write_text(text + "\n", encoding="utf-8")
+    rename(aside, record)
+
+
+def remove_partial_files(folder: Path) -> None:
+    """What a run that was killed was writing."""
+    for where, _, files in os.walk(folder):
+        for file in files:
+            if _is_partial(file):
+                Path(where, file).unlink()
+
+
+def _is_partial(name: str) -> bool:
+    return name.startswith(".") and name.endswith(PARTIAL)
+
+
+def _refuse_strange_folder(folder: Path) -> None:
+    held = [path.name for path in folder.iterdir()]
+    strange = sorted(name for name in held if name != LOCK and not _is_partial(name))
+    if strange:
+        raise ConfigError(
+            f"{folder} holds {strange[0]} and no {RECORD}, so it is not of a run; name a folder "
+            f"that is empty or not there yet"
+        )
+
+
+def _refuse_other_settings(folder: Path, settings: dict[str, Any]) -> None:
+    try:
+        before = read_json_object(folder / RECORD)
+    except IntegrityError as error:
+        raise ConfigError(f"{error}; name another folder, or use --overwrite") from error
+    for key in [*settings, *before]:
+        was, wanted = before.get(key), settings.get(key)
+        if was != wanted:
+            raise ConfigError(
+                f"{folder} has results of a run with {key}={json.dumps(was)}, this one has "
+                f"{json.dumps(wanted)}; name another folder, or use --overwrite"
+            )
+
+
+def _empty(folder: Path) -> None:
+    """The record goes last: until then the folder is refused, or emptied again."""
+    for path in folder.iterdir():
+        if path.is_dir() and not path.is_symlink():
+            shutil.rmtree(path)
+        elif path.name not in (LOCK, RECORD):
+            path.unlink()
+    (folder / RECORD).unlink()
