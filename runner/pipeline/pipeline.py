@@ -1,0 +1,226 @@
+"""The ranks of a pipeline at work: rank 0 drives, the others follow what reaches them.
+
+Rank 0 is the first rank of the first stage. It takes batches from any thread, computes its stage,
+and answers when the results come back from the last stage; meanwhile the next batches are on their
+way. When nothing is asked for, an empty message passes through all ranks every second.
+"""
+
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from queue import Empty, SimpleQueue
+from threading import Thread
+
+import torch
+
+from parallel.context import ParallelContext
+from parallel.relay import Header, Order, Relay, wait_for
+from runner.pipeline.host_copies import DirectCopies, Fetched, HostCopies, StreamedCopies
+from runner.pipeline.stage_worker import NUM_SLOTS, StageWorker, Values
+
+_REST_S = 1.0
+
+Sample = Sequence[torch.Tensor]
+"""The inputs, or the outputs, of one request, without a batch dim."""
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Samples to compute together; none: the end."""
+
+    bucket: int
+    samples: Sequence[Sample]
+    answer: Future[list[list[torch.Tensor]]]
+
+
+@dataclass(frozen=True)
+class _Awaited:
+    """A batch whose results are on their way."""
+
+    batch: _Batch
+    fetched: Fetched
+
+
+class Pipeline:
+    """Rank 0's hand on all stages."""
+
+    def __init__(self, worker: StageWorker, context: ParallelContext, *, is_batched: bool) -> None:
+        """
+        Args:
+            is_batched: the first dim of every input and output counts samples.
+        """
+        self._worker = worker
+        self._context = context
+        self._is_batched = is_batched
+        self._relay = Relay(context)
+        self._copies = copies_for(worker.device)
+        self._asked: SimpleQueue[_Batch | None] = SimpleQueue()
+        self._awaited: SimpleQueue[_Awaited | None] = SimpleQueue()
+        self.num_batches = 0
+        self.first_s = self.last_s = 0.0
+
+    def submit(self, bucket: int, samples: Sequence[Sample]) -> Future[list[list[torch.Tensor]]]:
+        """Queue a batch; may be called from any thread while `drive` runs.
+
+        Args:
+            bucket: index of the shapes; no more samples than its batch size.
+
+        Returns:
+            For each sample its outputs, on the CPU.
+        """
+        answer: Future[list[list[torch.Tensor]]] = Future()
+        self._asked.put(_Batch(bucket, samples, answer))
+        return answer
+
+    def leave(self) -> None:
+        """Let all ranks end when what was submitted is answered."""
+        self._asked.put(None)
+
+    def drive(self) -> None:
+        """Run what is submitted, until `leave`; on the rank's main thread."""
+        collector = Thread(target=self._collect, name="results", daemon=True)
+        collector.start()
+        slot = 0
+        while True:
+            try:
+                batch = self._asked.get(timeout=_REST_S)
+            except Empty:
+                self._tell(Header(Order.REST))
+                continue
+            if batch is None:
+                break
+            slot = (slot + 1) % NUM_SLOTS
+            self._run(batch, slot)
+        self._awaited.put(None)
+        collector.join()
+        self._tell(Header(Order.LEAVE))
+        self._relay.drain()
+
+    def _tell(self, header: Header) -> None:
+        self._relay.finish(header.slot)
+        self._relay.announce(header)
+        self._relay.send(header)
+
+    def _run(self, batch: _Batch, slot: int) -> None:
+        worker, relay = self._worker, self._relay
+        self.first_s = self.first_s or time.perf_counter()
+        self.num_batches += 1
+        relay.finish(slot)
+        buffers = worker.received(batch.bucket, slot)
+        rows = list(zip(*batch.samples, strict=True))
+        self._copies.put(rows, buffers, slot)
+        header = Header(Order.RUN, batch.bucket, slot)
+        relay.announce(header)
+        relay.share(buffers.values())
+        sends = worker.run(batch.bucket, slot)
+        program = worker.programs[batch.bucket]
+        if self._context.is_last_stage:
+            results = [sends[value.name] for value in program.distinct_results]
+            fetched = self._copies.fetch(results, slot)
+        else:
+            relay.send(header, sends.values())
+            found = [torch.empty(v.shape, dtype=v.torch_dtype) for v in program.distinct_results]
+            pending = relay.receive_results(found)
+            fetched = Fetched(found, lambda: wait_for(pending))
+        self._awaited.put(_Awaited(batch, fetched))
+
+    def _collect(self) -> None:
+        """Answer the batches, in their order."""
+        while (awaited := self._awaited.get()) is not None:
+            try:
+                awaited.fetched.wait()
+                answer = self._answer(awaited)
+            # Whatever it is, whoever waits must hear of it.
+            except Exception as error:
+                awaited.batch.answer.set_exception(error)
+                continue
+            self.last_s = time.perf_counter()
+            awaited.batch.answer.set_result(answer)
+
+    def _answer(self, awaited: _Awaited) -> list[list[torch.Tensor]]:
+        program = self._worker.programs[awaited.batch.bucket]
+        names = [value.name for value in program.distinct_results]
+        found = dict(zip(names, awaited.fetched.tensors, strict=True))
+        outputs = [found[value.name] for value in program.results]
+        if not self._is_batched:
+            return [[output.clone() for output in outputs]]
+        count = len(awaited.batch.samples)
+        return [[output[index].clone() for output in outputs] for index in range(count)]
+
+
+def follow(worker: StageWorker, context: ParallelContext) -> None:
+    """Run what reaches this rank, until rank 0 says to leave; every rank but rank 0 does this."""
+    relay = Relay(context)
+    results = _ResultSender(relay, worker) if _sends_results(context) else None
+    while True:
+        header = relay.receive_header()
+        relay.finish(header.slot)
+        values: Values = {}
+        if header.order is Order.RUN:
+            if results:
+                results.finish(header.slot)
+            relay.receive(list(worker.received(header.bucket, header.slot).values()))
+            values = worker.run(header.bucket, header.slot)
+        if results and header.order is Order.RUN:
+            results.send(header, values)
+        elif not context.is_last_stage:
+            relay.send(header, values.values())
+        if header.order is Order.LEAVE:
+            break
+    if results:
+        results.close()
+    relay.drain()
+
+
+class _ResultSender:
+    """Sends results to rank 0 on a thread of its own; the next micro-batch need not wait."""
+
+    def __init__(self, relay: Relay, worker: StageWorker) -> None:
+        self._relay = relay
+        self._worker = worker
+        self._copies = copies_for(worker.device)
+        self._queue: SimpleQueue[tuple[Fetched, Future[None]] | None] = SimpleQueue()
+        self._sent: dict[int, Future[None]] = {}
+        self._thread = Thread(target=self._run, name="results", daemon=True)
+        self._thread.start()
+
+    def send(self, header: Header, values: Values) -> None:
+        """Begin to send what the model returns."""
+        program = self._worker.programs[header.bucket]
+        fetched = self._copies.fetch(
+            [values[value.name] for value in program.distinct_results], header.slot
+        )
+        self._sent[header.slot] = Future()
+        self._queue.put((fetched, self._sent[header.slot]))
+
+    def finish(self, slot: int) -> None:
+        """Wait until what came from a slot is gone."""
+        if sent := self._sent.pop(slot, None):
+            sent.result()
+
+    def close(self) -> None:
+        self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while (job := self._queue.get()) is not None:
+            fetched, sent = job
+            try:
+                fetched.wait()
+                self._relay.send_results(fetched.tensors)
+            # The main thread raises it.
+            except Exception as error:
+                sent.set_exception(error)
+                continue
+            sent.set_result(None)
+
+
+def _sends_results(context: ParallelContext) -> bool:
+    here = context.coordinate
+    return context.is_last_stage and here.stage > 0 and here.tp_rank == 0
+
+
+def copies_for(device: torch.device) -> HostCopies:
+    """What moves samples and results between the host and a device."""
+    return StreamedCopies(device) if device.type == "cuda" else DirectCopies()

@@ -1,0 +1,115 @@
+"""The life of a rank of a tensor model: join the others, load, check, run until rank 0 leaves."""
+
+import json
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass
+from threading import Thread
+
+from parallel.collectives import all_gather_bytes
+from parallel.context import ParallelContext
+from parallel.launch import RankEnv
+from runner.compiler.counter import compilations
+from runner.graph_planning import GraphJob
+from runner.joining import as_rank, join
+from runner.pipeline.loading import load_worker
+from runner.pipeline.pipeline import Pipeline, follow
+from runner.pipeline.stage_worker import StageWorker
+
+_LOG = logging.getLogger(__name__)
+
+Use = Callable[[Pipeline], None]
+"""What rank 0 does with the pipeline, on a thread of its own; when it returns, all ranks end."""
+
+
+@dataclass(frozen=True)
+class PipelineReport:
+    """What a pipeline did, known on rank 0.
+
+    Attributes:
+        num_batches: that went through it.
+        seconds: from the first of them to the last result.
+        busy_s: of each rank, computing.
+    """
+
+    num_batches: int
+    seconds: float
+    busy_s: tuple[float, ...]
+
+    @property
+    def bubble(self) -> float:
+        """Share of the ranks' time in which they did not compute, from first to last."""
+        if not self.seconds:
+            return 0.0
+        return max(0.0, 1 - sum(self.busy_s) / (len(self.busy_s) * self.seconds))
+
+
+def run_graph_rank(job: GraphJob, env: RankEnv, use: Use | None) -> PipelineReport | None:
+    """Run this process's rank to the end.
+
+    Args:
+        use: on rank 0; None elsewhere.
+
+    Returns:
+        On rank 0 what was done.
+
+    Raises:
+        ShardlineError: see `runner.joining.as_rank`.
+    """
+    with as_rank(job, env) as phase:
+        rebuilds = job.on_mismatch == "rebuild"
+        patience_s = job.config.distributed.build_timeout_s if rebuilds else None
+        context = join(job, env, phase, setup_timeout_s=patience_s)
+        phase.name = "loading the model"
+        worker = load_worker(job, context)
+        all_gather_bytes(b"", context.setup)  # Loading takes some ranks longer than others.
+        phase.name = "running the pipeline"
+        report = run_worker(job, worker, context, use)
+        _LOG.debug("rank %d compiled: %s", env.rank, compilations() or "nothing")
+        context.close()
+    return report
+
+
+def run_worker(
+    job: GraphJob, worker: StageWorker, context: ParallelContext, use: Use | None
+) -> PipelineReport | None:
+    """Drive the pipeline or follow it, with ranks that are ready."""
+    if use is None:
+        follow(worker, context)
+        _gather_busy(worker, context)
+        return None
+    pipeline = Pipeline(worker, context, is_batched=job.plan.is_batched)
+    user = _User(use, pipeline)
+    pipeline.drive()
+    user.finish()
+    busy = _gather_busy(worker, context)
+    return PipelineReport(pipeline.num_batches, pipeline.last_s - pipeline.first_s, busy)
+
+
+class _User:
+    """Rank 0's own work beside the pipeline; whatever it raises comes out of `finish`."""
+
+    def __init__(self, use: Use, pipeline: Pipeline) -> None:
+        self._use = use
+        self._pipeline = pipeline
+        self._error: BaseException | None = None
+        self._thread = Thread(target=self._run, name="user", daemon=True)
+        self._thread.start()
+
+    def finish(self) -> None:
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            self._use(self._pipeline)
+        except BaseException as error:
+            self._error = error
+        finally:
+            self._pipeline.leave()
+
+
+def _gather_busy(worker: StageWorker, context: ParallelContext) -> tuple[float, ...]:
+    messages = all_gather_bytes(json.dumps(worker.busy_s).encode(), context.setup)
+    return tuple(float(json.loads(message)) for message in messages)

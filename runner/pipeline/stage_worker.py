@@ -1,0 +1,139 @@
+"""One rank's stage of a tensor model at work: its weights, its buffers, its segments."""
+
+import time
+from collections.abc import Mapping, Sequence
+
+import torch
+
+from parallel.collectives import Group, all_reduce, stack
+from parallel.graph_stage import Collective, Value
+from runner.compiler.backend import Compiled
+from runner.pipeline.stage_program import StageProgram
+
+NUM_SLOTS = 2
+"""Sets of buffers: while one micro-batch is computed, the next arrives and the last one leaves."""
+
+_ALIGNMENT = 256
+_WARM_UPS = 2
+
+Values = dict[str, torch.Tensor]
+Runs = Mapping[str, Compiled]
+"""Kind of segment -> what runs it."""
+
+
+class StageWorker:
+    """Runs a stage in any of its buckets.
+
+    On a GPU each bucket and slot is one CUDA graph after `capture`; on a CPU the segments are
+    called one after the other.
+    """
+
+    def __init__(
+        self,
+        programs: Sequence[StageProgram],
+        runs: Sequence[Runs],
+        weights: Mapping[str, torch.Tensor],
+        group: Group,
+        device: torch.device,
+    ) -> None:
+        """
+        Args:
+            programs: one a bucket.
+            runs: for each of them what runs its segments.
+            weights: of all segments, on `device`.
+            group: the ranks of the stage.
+        """
+        self.programs = programs
+        self.device = device
+        self.busy_s = 0.0
+        self._runs = runs
+        self._group = group
+        self._weights = {
+            (bucket, step.segment.kind): [weights[name] for name in step.segment.weights]
+            for bucket, program in enumerate(programs)
+            for step in program.computations
+        }
+        self._slots = [_Slot(programs, device) for _ in range(NUM_SLOTS)]
+        self._graphs: dict[tuple[int, int], tuple[torch.cuda.CUDAGraph, Values]] = {}
+
+    def received(self, bucket: int, slot: int) -> Values:
+        """The buffers into which a micro-batch is put, by the names of the values."""
+        return self._slots[slot].buffers[bucket]
+
+    @torch.inference_mode()
+    def run(self, bucket: int, slot: int) -> Values:
+        """Compute what was put into the buffers.
+
+        Returns:
+            What the stage sends; valid until the next run in this slot.
+        """
+        started = time.perf_counter()
+        if captured := self._graphs.get((bucket, slot)):
+            graph, sends = captured
+            graph.replay()
+        else:
+            sends = self._compute(bucket, slot)
+        self.busy_s += time.perf_counter() - started
+        return sends
+
+    @torch.inference_mode()
+    def capture(self) -> None:
+        """Record every bucket and slot, the largest first, as CUDA graphs that share their memory.
+
+        All ranks of the stage must call this together.
+        """
+        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
+        pool = torch.cuda.graph_pool_handle()
+        for bucket in reversed(range(len(self.programs))):
+            for slot in range(NUM_SLOTS):
+                stream.wait_stream(torch.cuda.current_stream(self.device))
+                with torch.cuda.stream(stream):
+                    for _ in range(_WARM_UPS):
+                        self._compute(bucket, slot)
+                torch.cuda.synchronize(self.device)
+                graph = torch.cuda.CUDAGraph()
+                # Other threads, such as NCCL's watchdog, may go on calling CUDA meanwhile.
+                mode = "thread_local"
+                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+                    sends = self._compute(bucket, slot)
+                self._graphs[bucket, slot] = graph, sends
+
+    def _compute(self, bucket: int, slot: int) -> Values:
+        program = self.programs[bucket]
+        values = dict(self.received(bucket, slot))
+        for step in program.steps:
+            if isinstance(step, Collective):
+                values[step.output.name] = self._together(step, values[step.input.name])
+                continue
+            kind = step.segment.kind
+            activations = [values[name] for name in step.inputs]
+            outputs = self._runs[bucket][kind](*activations, *self._weights[bucket, kind])
+            values.update(zip(step.outputs, outputs, strict=True))
+        return {value.name: values[value.name] for value in program.sends}
+
+    def _together(self, step: Collective, x: torch.Tensor) -> torch.Tensor:
+        if step.kind == "all_reduce":
+            return all_reduce(x, self._group)
+        return stack(x, self._group).flatten(0, 1)
+
+
+class _Slot:
+    """The buffers of one micro-batch, in one block of memory that all buckets share."""
+
+    def __init__(self, programs: Sequence[StageProgram], device: torch.device) -> None:
+        sizes = [sum(_room(v) for v in program.receives) for program in programs]
+        self._block = torch.zeros(max(sizes), dtype=torch.uint8, device=device)
+        self.buffers = [self._views(program.receives) for program in programs]
+
+    def _views(self, values: Sequence[Value]) -> Values:
+        views, offset = {}, 0
+        for value in values:
+            piece = self._block[offset : offset + value.num_bytes]
+            views[value.name] = piece.view(value.torch_dtype).view(value.shape)
+            offset += _room(value)
+        return views
+
+
+def _room(value: Value) -> int:
+    """Its bytes, rounded up so that the next one is aligned."""
+    return -(-value.num_bytes // _ALIGNMENT) * _ALIGNMENT
