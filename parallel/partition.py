@@ -29,7 +29,7 @@ class Unit:
     cost: int
 
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
+RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
 
 Cut = tuple[tuple[Unit, ...], ...]
 """The units of each stage."""
@@ -86,7 +86,7 @@ def cut_by_patterns(units: Sequence[Unit], stages: Sequence[Sequence[str]]) -> C
     owner: dict[str, int] = {}
     for stage, patterns in enumerate(stages):
         for pattern in patterns:
-            for unit in _matching(units, pattern, stage):
+            for unit in matching(units, pattern, stage):
                 if unit.name in owner:
                     raise ConfigError(
                         f"parallel.stages: module {unit.name} is in stage {owner[unit.name]} and "
@@ -108,16 +108,16 @@ def cut_by_patterns(units: Sequence[Unit], stages: Sequence[Sequence[str]]) -> C
     return tuple(tuple(u for u in units if owner[u.name] == s) for s in range(len(stages)))
 
 
-def _matching(units: Sequence[Unit], pattern: str, stage: int) -> list[Unit]:
-    matches = [unit for unit in units if _covers(pattern, unit.name)]
+def matching(units: Sequence[Unit], pattern: str, stage: int) -> list[Unit]:
+    matches = [unit for unit in units if covers(pattern, unit.name)]
     if not matches:
         near = difflib.get_close_matches(pattern, [unit.name for unit in units], n=1, cutoff=0.0)
         raise ConfigError(
             f"parallel.stages: {pattern!r} of stage {stage} matches no module; the modules "
             f"run from {units[0].name} to {units[-1].name}, the nearest is {near[0]}"
         )
-    end_of_range = _RANGE.sub(lambda numbers: numbers[2], pattern)
-    if not any(_covers(end_of_range, unit.name) for unit in units):
+    end_of_range = RANGE.sub(lambda numbers: numbers[2], pattern)
+    if not any(covers(end_of_range, unit.name) for unit in units):
         raise ConfigError(
             f"parallel.stages: {pattern!r} of stage {stage} goes beyond {matches[-1].name}, the "
             "last module of that name; end the range there"
@@ -125,12 +125,12 @@ def _matching(units: Sequence[Unit], pattern: str, stage: int) -> list[Unit]:
     return matches
 
 
-def _covers(pattern: str, name: str) -> bool:
+def covers(pattern: str, name: str) -> bool:
     segments, parts = name.split("."), re.split(r"\.(?![^{]*\})", pattern)
     return len(segments) == len(parts) and all(map(_segment_covers, parts, segments))
 
 
 def _segment_covers(part: str, segment: str) -> bool:
-    if numbers := _RANGE.fullmatch(part):
+    if numbers := RANGE.fullmatch(part):
         return segment.isdigit() and int(numbers[1]) <= int(segment) <= int(numbers[2])
     return part in ("*", segment)

@@ -1,12 +1,11 @@
 """The programs of a rank, one a bucket: traced from the model, or read from a bundle."""
 
 from collections.abc import Iterator
-from functools import partial
 
 import torch
 
 from parallel.graph_plan import Bucket, GraphPlan
-from parallel.graph_planner import trace_stage
+from parallel.graph_planner import Tracer
 from runner.graph_planning import GraphJob
 from runner.pipeline.stage_program import StageProgram
 from runner.pipeline.stored_programs import read_programs
@@ -25,18 +24,28 @@ def programs_of(job: GraphJob, rank: int, *, device: str) -> list[StageProgram]:
     if job.model is None:
         assert job.bundle is not None
         return read_programs(job.bundle.model_folder, rank, device=device)
-    trace = partial(
-        trace_stage,
-        job.model.module,
-        plan=job.plan,
-        tp_plan=job.config.parallel.tp_plan,
-        rank=rank,
-        device=device,
-    )
-    stage = job.plan.topology.coordinate(rank).stage
+    return _programs(job.plan, _tracer(job, device=device), rank)
+
+
+def programs_of_all(job: GraphJob, *, device: str) -> list[list[StageProgram]]:
+    """Those of every rank, traced from the model."""
+    tracer = _tracer(job, device=device)
+    return [_programs(job.plan, tracer, rank.rank) for rank in job.plan.ranks]
+
+
+def _tracer(job: GraphJob, *, device: str) -> Tracer:
+    """What traces the model of a job that has one."""
+    assert job.model is not None
+    return Tracer(job.model.module, job.plan, job.config.parallel.tp_plan, device=device)
+
+
+def _programs(plan: GraphPlan, tracer: Tracer, rank: int) -> list[StageProgram]:
+    stage = plan.topology.coordinate(rank).stage
     return [
-        StageProgram.of(*trace(bucket=bucket), prefix=f"stage{stage}{suffix_of(bucket, job.plan)}")
-        for bucket in job.plan.buckets
+        StageProgram.of(
+            *tracer.stage(bucket, rank), prefix=f"stage{stage}{suffix_of(bucket, plan)}"
+        )
+        for bucket in plan.buckets
     ]
 
 

@@ -92,28 +92,33 @@ class StoredSegment(Segment):
         return self.export(vars(self)["_device"]).module(check_guards=False)
 
 
-def write_programs(
-    ranks: Sequence[Sequence[StageProgram]],
-    folder: Path,
-    *,
-    graph_of: Mapping[int, tuple[str, torch.export.ExportedProgram]],
-) -> list[str]:
+def write_programs(ranks: Sequence[Sequence[StageProgram]], folder: Path) -> list[str]:
     """Write the programs of all ranks into a folder.
-
-    Args:
-        graph_of: by `id` of a segment, a name of its graph and the graph; equal graphs have one.
 
     Returns:
         The names of the files, relative to the folder.
     """
-    (folder / GRAPHS).mkdir()
-    files = [FILE]
-    for name, program in dict(graph_of.values()).items():
-        files.append(f"{GRAPHS}/{name}.pt2")
-        write_program(program, folder / files[-1])
-    stored = _Programs(tuple(tuple(_store(p, graph_of) for p in programs) for programs in ranks))
+    graphs = _Graphs(folder / GRAPHS)
+    stored = _Programs(tuple(tuple(_store(p, graphs) for p in programs) for programs in ranks))
     (folder / FILE).write_text(json.dumps(asdict(stored), indent=1) + "\n")
-    return files
+    return [FILE, *(f"{GRAPHS}/{name}.pt2" for name in sorted(graphs.names))]
+
+
+class _Graphs:
+    """The graphs that are written, each once, under the digests of their segments."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir()
+        self._folder = folder
+        self.names: set[str] = set()
+
+    def add(self, segment: Segment) -> str:
+        program = segment.export("cpu")
+        name = segment.digest(program)
+        if name not in self.names:
+            self.names.add(name)
+            write_program(program, self._folder / f"{name}.pt2")
+        return name
 
 
 def read_programs(folder: Path, rank: int, *, device: str) -> list[StageProgram]:
@@ -126,9 +131,7 @@ def read_programs(folder: Path, rank: int, *, device: str) -> list[StageProgram]
     return [_restore(program, folder, device) for program in stored.ranks[rank]]
 
 
-def _store(
-    program: StageProgram, graph_of: Mapping[int, tuple[str, torch.export.ExportedProgram]]
-) -> _Program:
+def _store(program: StageProgram, graphs: _Graphs) -> _Program:
     steps = []
     for step in program.steps:
         if isinstance(step, Collective):
@@ -141,7 +144,7 @@ def _store(
                 tuple(map(_Tensor.of, step.inputs, segment.activations)),
                 tuple(_Tensor(name, "", ()) for name in step.outputs),
                 tuple(_Tensor.of(name, spec) for name, spec in segment.weights.items()),
-                graph_of[id(segment)][0],
+                graphs.add(segment),
             )
         )
     return _Program(

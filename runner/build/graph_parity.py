@@ -1,0 +1,160 @@
+"""The gate of a tensor model's bundle: what its ranks return together, in every bucket, against the
+whole module in a wider dtype.
+
+How far the module is from that in its own dtype says how much a compiled one may be.
+"""
+
+import copy
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING
+
+import torch
+
+from parallel.collectives import broadcast_bytes
+from parallel.context import ParallelContext
+from parallel.graph_plan import Bucket
+from parallel.graph_planner import values_of
+from parallel.records import read_record
+from runner.build.agreement import cosine_of, errors_of
+from runner.build.recipe import Verdict
+from runner.config.schema import ParityConfig
+from runner.graph_planning import GraphJob
+from runner.pipeline.check import random_inputs
+from runner.pipeline.programs import batch_size
+from runner.pipeline.rank import run_worker
+from runner.pipeline.stage_worker import StageWorker
+
+if TYPE_CHECKING:
+    from runner.pipeline.pipeline import Pipeline
+
+_WIDE = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
+
+_FLOOR = 64
+"""Errors of so many roundings are never too large: other kernels add in another order."""
+
+
+@dataclass(frozen=True)
+class OutputParity:
+    """One output in one bucket.
+
+    Attributes:
+        bucket: the inputs' shapes.
+        error: largest, relative to the root mean square of the reference; of integers, the share
+            that differ.
+        eager_error: the same of PyTorch's kernels in the model's dtype, undivided.
+    """
+
+    output: str
+    bucket: str
+    error: float
+    eager_error: float
+    cosine: float
+    passed: bool
+
+
+@dataclass(frozen=True)
+class GraphParity(Verdict):
+    """What was compared, and whether it is within the bounds of the configuration."""
+
+    outputs: tuple[OutputParity, ...] = ()
+
+    def line(self) -> str:
+        """The comparison in a line."""
+        if not self.passed:
+            return f"parity: {'FAILED: ' if self.outputs else ''}{self.reason}"
+        worst = min(self.outputs, key=lambda output: output.cosine)
+        return (
+            f"parity: passed; smallest cosine {worst.cosine:.6f} ({worst.output} at "
+            f"{worst.bucket}), {len(self.outputs)} comparisons"
+        )
+
+
+def compare(job: GraphJob, worker: StageWorker, context: ParallelContext) -> GraphParity:
+    """Run the compiled stages together in every bucket and judge them; every rank gets the whole
+    report.
+    """
+    found: list[OutputParity] = []
+    if context.rank != 0:
+        run_worker(job, worker, context, None)
+    else:
+        run_worker(job, worker, context, lambda pipeline: found.extend(_judge_all(job, pipeline)))
+    told = json.dumps([asdict(output) for output in found]).encode() if found else None
+    message = broadcast_bytes(told, 0, context.setup)
+    outputs = tuple(read_record(OutputParity, v, "OutputParity") for v in json.loads(message))
+    failed = next((output for output in outputs if not output.passed), None)
+    return GraphParity(failed is None, _complaint(failed) if failed else "", outputs)
+
+
+def _judge_all(job: GraphJob, pipeline: "Pipeline") -> list[OutputParity]:
+    assert job.model is not None
+    module = job.model.module
+    dtype = getattr(torch, job.plan.dtype)
+    wide = copy.deepcopy(module).to(_WIDE[dtype])
+    found: list[OutputParity] = []
+    for index, bucket in enumerate(job.plan.buckets):
+        inputs = random_inputs(values_of(bucket), seed=index)
+        samples = (
+            [[x[row] for x in inputs] for row in range(batch_size(bucket, job.plan))]
+            if job.plan.is_batched
+            else [inputs]
+        )
+        answers = pipeline.submit(index, samples).result()
+        compiled = [torch.stack(o) for o in zip(*answers, strict=True)]
+        if not job.plan.is_batched:
+            compiled = [output[0] for output in compiled]
+        wider = [x.to(_WIDE[dtype]) if x.is_floating_point() else x for x in inputs]
+        found += _judge(job, bucket, compiled, _run(module, inputs), _run(wide, wider))
+    return found
+
+
+def _run(module: torch.nn.Module, inputs: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Its outputs in the plan's order."""
+    with torch.no_grad():
+        leaves = torch.utils._pytree.tree_leaves(module(*inputs))
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+
+
+def _judge(
+    job: GraphJob,
+    bucket: Bucket,
+    compiled: Sequence[torch.Tensor],
+    eager: Sequence[torch.Tensor],
+    wide: Sequence[torch.Tensor],
+) -> list[OutputParity]:
+    bounds = job.config.compile.parity
+    shapes = ", ".join(f"{c.name}{list(c.shape)}" for c in bucket)
+    return [
+        _judge_one(name.name, shapes, outputs, bounds)
+        for name, outputs in zip(
+            job.plan.outputs, zip(compiled, eager, wide, strict=True), strict=True
+        )
+    ]
+
+
+def _judge_one(
+    name: str,
+    shapes: str,
+    outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
+    bounds: ParityConfig,
+) -> OutputParity:
+    compiled, eager, wide = outputs
+    if not eager.is_floating_point():
+        error = (compiled != eager).float().mean().item()
+        return OutputParity(name, shapes, error, 0.0, 1 - error, error <= 1 - bounds.min_top1)
+    nothing = torch.zeros((), dtype=wide.dtype)
+    error, _ = errors_of(compiled.to(wide.dtype), wide, rounding=nothing)
+    eager_error, _ = errors_of(eager.to(wide.dtype), wide, rounding=nothing)
+    cosine = cosine_of(compiled.to(wide.dtype), wide, rounding=nothing)
+    allowed = max(bounds.max_error_ratio * eager_error, _FLOOR * torch.finfo(eager.dtype).eps)
+    # Written so that NaN fails.
+    passed = error <= allowed and cosine >= bounds.min_cosine
+    return OutputParity(name, shapes, error, eager_error, cosine, passed)
+
+
+def _complaint(failed: OutputParity) -> str:
+    return (
+        f"{failed.output} at {failed.bucket} is wrong: error {failed.error:.2g}, uncompiled "
+        f"{failed.eager_error:.2g}; cosine {failed.cosine:.6f}"
+    )
