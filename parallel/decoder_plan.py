@@ -1,5 +1,5 @@
-"""`DecoderPlan`: who holds what of a language model. Made by `parallel.planner`, from the headers of
-a checkpoint alone.
+"""`DecoderPlan`: who holds what of a language model. Made by `parallel.planner`, from the headers
+of a checkpoint alone.
 """
 
 from dataclasses import dataclass

@@ -199,12 +199,12 @@ def carry_plan(context: ParallelContext, max_tokens: int) -> DecoderPlan:
     topology = context.topology
     stages = tuple(
         DecoderStagePlan(
-            (), (0, 0), False, False, False, 0, carries if i < topology.last_stage else (), 0
+            (), carries if i < topology.last_stage else (), (0, 0), False, False, False, 0, 0
         )
         for i in range(topology.num_stages)
     )
     return DecoderPlan(
-        "", "float32", 0, max_tokens, topology.tp_sizes, topology.devices, stages, ()
+        "decoder", "", "float32", topology.tp_sizes, topology.devices, stages, (), 0, max_tokens
     )
 
 
