@@ -1,0 +1,247 @@
+"""ONNX graphs as modules: real models against onnxruntime, and what is refused."""
+
+import importlib.util
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image, ImageDraw
+
+from parallel.errors import ConfigError, IntegrityError, PreflightError
+from runner.sources.onnx_graph import input_names, open_onnx, output_names
+
+onnx = pytest.importorskip("onnx")
+onnxruntime = pytest.importorskip("onnxruntime")
+FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+
+
+def ocr_model(name):
+    found = importlib.util.find_spec("rapidocr_onnxruntime")
+    if found is None or found.origin is None:
+        pytest.skip("rapidocr_onnxruntime is not installed")
+    return Path(found.origin).parent / "models" / name
+
+
+def text_image(batch, height, width):
+    """Rendered text; on noise the detector answers all but 0, and rounding is all one sees."""
+    pixels = []
+    for number in range(batch):
+        image = Image.new("RGB", (width, height), "white")
+        ImageDraw.Draw(image).text((4, height // 4), f"shard line {number}", "black", font_size=20)
+        pixels.append(np.asarray(image, dtype=np.float32) / 127.5 - 1)
+    return np.stack(pixels).transpose(0, 3, 1, 2).copy()
+
+
+@pytest.fixture(scope="module")
+def opened():
+    """Models by path, each converted once."""
+    cache = {}
+
+    def open_once(path):
+        if path not in cache:
+            options = onnxruntime.SessionOptions()
+            options.intra_op_num_threads = 1
+            session = onnxruntime.InferenceSession(path, options)
+            cache[path] = (open_onnx(path), session)
+        return cache[path]
+
+    return open_once
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"),
+    [
+        ("ch_PP-OCRv4_det_infer.onnx", (1, 64, 160)),
+        ("ch_PP-OCRv4_det_infer.onnx", (2, 96, 128)),
+        ("ch_PP-OCRv4_rec_infer.onnx", (1, 48, 160)),
+        ("ch_PP-OCRv4_rec_infer.onnx", (3, 48, 96)),
+        ("ch_ppocr_mobile_v2.0_cls_infer.onnx", (1, 48, 192)),
+        ("ch_ppocr_mobile_v2.0_cls_infer.onnx", (2, 48, 96)),
+    ],
+)
+def test_a_real_model_computes_what_onnxruntime_does(opened, name, shape):
+    module, session = opened(ocr_model(name))
+    image = text_image(*shape)
+    expected = session.run(None, {session.get_inputs()[0].name: image})[0]
+    found = module(torch.from_numpy(image))
+    assert found.shape == expected.shape
+    assert np.abs(found.numpy() - expected).max() <= 1e-4 * np.abs(expected).max()
+
+
+def test_a_trace_holds_no_shape_computation(opened):
+    module, _ = opened(ocr_model("ch_PP-OCRv4_rec_infer.onnx"))
+    image = torch.from_numpy(text_image(2, 48, 64))
+    program = torch.export.export(module, (image,), strict=False)
+    targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+    assert not [name for name in targets if "sym_" in name or "item" in name]
+    assert all(n.meta["val"].is_floating_point() for n in program.graph.nodes if n.op != "output")
+    assert not program.constants
+    torch.testing.assert_close(program.module()(image), module(image), rtol=0, atol=0)
+    stacks = [n.meta["nn_module_stack"] for n in program.graph.nodes if "convolution" in n.name]
+    assert all(any(path.startswith("steps.") for path, _ in s.values()) for s in stacks)
+
+
+def write(path, nodes, inputs, outputs, *, constants=(), opset=17, domains=()):
+    def described(entries):
+        return [onnx.helper.make_tensor_value_info(*entry) for entry in entries]
+
+    graph = onnx.helper.make_graph(
+        nodes,
+        "graph",
+        described(inputs),
+        described(outputs),
+        [onnx.numpy_helper.from_array(array, name) for name, array in constants],
+    )
+    opsets = [
+        onnx.helper.make_opsetid("", opset),
+        *(onnx.helper.make_opsetid(d, 1) for d in domains),
+    ]
+    onnx.save(onnx.helper.make_model(graph, opset_imports=opsets, ir_version=8), path)
+    return path
+
+
+def node(operator, inputs, outputs, **attributes):
+    return onnx.helper.make_node(operator, inputs, outputs, **attributes)
+
+
+def test_outputs_are_a_tuple_in_the_graph_s_order(tmp_path):
+    nodes = [
+        node("Split", ["x"], ["a", "b"], axis=1),
+        node("Relu", ["a"], ["y"]),
+        node("Shape", ["y"], ["shape"]),
+    ]
+    weight = np.arange(3, dtype=np.float32)
+    path = write(
+        tmp_path / "m.onnx",
+        nodes,
+        [("x", FLOAT, [2, 6]), ("w.1", FLOAT, [3])],
+        [("b", FLOAT, [2, 3]), ("w.1", FLOAT, [3]), ("y", FLOAT, None), ("shape", INT64, [2])],
+        constants=[("w.1", weight)],
+        opset=13,
+    )
+    assert input_names(path) == ["x"]
+    assert output_names(path) == ["b", "w.1", "y", "shape"]
+    module = open_onnx(path)
+    assert not module.training
+    x = torch.randn(2, 6)
+    b, w, y, shape = module(x)
+    torch.testing.assert_close((b, y), (x[:, 3:], x[:, :3].relu()))
+    assert (w.tolist(), shape.tolist()) == ([0, 1, 2], [2, 3])
+    with pytest.raises(ConfigError, match=r"takes 1 inputs \(x\), 2 were given"):
+        module(x, x)
+
+
+def test_all_operators_without_a_converter_are_named(tmp_path):
+    nodes = [
+        node("Relu", ["x"], ["a"]),
+        node("Det", ["a"], ["b"]),
+        node("Det", ["a"], ["c"]),
+        node("Fused", ["a"], ["d"], domain="com.example"),
+        node("MaxPool", ["a"], ["e"], kernel_shape=[2, 2], storage_order=1),
+        node("Cast", ["c"], ["s"], to=INT64),
+        node("Reshape", ["x", "s"], ["f"]),
+        node("RandomNormal", [], ["g"], shape=[2]),
+    ]
+    path = write(
+        tmp_path / "m.onnx",
+        nodes,
+        [("x", FLOAT, [1, 2, 3, 3])],
+        [(name, FLOAT, None) for name in "bdefg"],
+        domains=["com.example"],
+    )
+    with pytest.raises(ConfigError, match="no converter for") as caught:
+        open_onnx(path)
+    for part in (
+        "ai.onnx.Det (2)",
+        "com.example.Fused (1)",
+        "ai.onnx.MaxPool with storage_order=1 (1)",
+        "ai.onnx.Reshape with operand 1 computed from data (1)",
+        "ai.onnx.RandomNormal (1)",
+    ):
+        assert part in str(caught.value)
+    assert "Relu" not in str(caught.value)
+
+
+def test_operators_that_need_torchvision_are_named_where_it_is_missing(tmp_path):
+    if importlib.util.find_spec("torchvision"):
+        pytest.skip("torchvision is installed")
+    path = write(
+        tmp_path / "m.onnx",
+        [node("NonMaxSuppression", ["boxes", "scores"], ["y"])],
+        [("boxes", FLOAT, [1, 4, 4]), ("scores", FLOAT, [1, 1, 4])],
+        [("y", INT64, None)],
+    )
+    with pytest.raises(ConfigError, match="NonMaxSuppression with torchvision, which is not"):
+        open_onnx(path)
+    assert importlib.util.find_spec("torchvision") is None
+
+
+def external(path, location):
+    """A model with its weight in another file, as large models have it."""
+    data = np.arange(64, dtype=np.float32)
+    write(
+        path,
+        [node("Add", ["x", "w"], ["y"])],
+        [("x", FLOAT, [64])],
+        [("y", FLOAT, [64])],
+        constants=[("w", data)],
+    )
+    onnx.save_model(
+        onnx.load(path), path, save_as_external_data=True, location="w.bin", size_threshold=0
+    )
+    model = onnx.load(path, load_external_data=False)
+    for entry in model.graph.initializer[0].external_data:
+        if entry.key == "location":
+            entry.value = location
+    onnx.save(model, path)
+    return data
+
+
+def test_weights_in_a_file_beside_the_model_are_read(tmp_path):
+    data = external(tmp_path / "m.onnx", "w.bin")
+    found = open_onnx(tmp_path / "m.onnx")(torch.ones(64))
+    torch.testing.assert_close(found, torch.from_numpy(data) + 1)
+    (tmp_path / "w.bin").write_bytes(b"short")
+    with pytest.raises(IntegrityError, match="cannot be read"):
+        open_onnx(tmp_path / "m.onnx")
+    (tmp_path / "w.bin").unlink()
+    with pytest.raises(IntegrityError, match=r"w\.bin: absent"):
+        open_onnx(tmp_path / "m.onnx")
+
+
+def test_weights_outside_the_model_s_folder_are_refused(tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for location in ("../w.bin", str(tmp_path / "w.bin"), "a/../../w.bin"):
+        external(folder / "m.onnx", location)
+        (folder / "w.bin").rename(tmp_path / "w.bin")
+        with pytest.raises(IntegrityError, match="no plain path beside it"):
+            open_onnx(folder / "m.onnx")
+    external(folder / "m.onnx", "w.bin")
+    (folder / "w.bin").rename(tmp_path / "w.bin")
+    (folder / "w.bin").symlink_to(tmp_path / "w.bin")
+    with pytest.raises(IntegrityError, match="leads out of the model's folder"):
+        open_onnx(folder / "m.onnx")
+
+
+def test_files_that_are_no_model_are_refused(tmp_path):
+    with pytest.raises(IntegrityError, match="no such file"):
+        open_onnx(tmp_path / "absent.onnx")
+    content = ocr_model("ch_ppocr_mobile_v2.0_cls_infer.onnx").read_bytes()
+    for number, data in enumerate((b"", b"hello", content[:1000], content[:-1])):
+        path = tmp_path / f"{number}.onnx"
+        path.write_bytes(data)
+        with pytest.raises(IntegrityError, match="no ONNX model"):
+            open_onnx(path)
+
+
+def test_without_the_packages_the_extra_is_named(tmp_path, monkeypatch):
+    path = write(
+        tmp_path / "m.onnx", [node("Relu", ["x"], ["y"])], [("x", FLOAT, [2])], [("y", FLOAT, [2])]
+    )
+    for name in ("onnx2torch", "onnx"):
+        with monkeypatch.context() as patched:
+            patched.setitem(__import__("sys").modules, name, None)
+            with pytest.raises(PreflightError, match=rf"{name}, .*pip install shardline\[onnx\]"):
+                open_onnx(path)
