@@ -132,7 +132,10 @@ class Row:
             new[node] = graph.node_copy(node, new.__getitem__)
         # A no-op for most; the next piece, or the next rank, takes contiguous tensors.
         contiguous = torch.ops.aten.contiguous.default
-        graph.output(tuple(graph.call_function(contiguous, (new[node],)) for node in outputs))
+        results = tuple(graph.call_function(contiguous, (new[node],)) for node in outputs)
+        for result, node in zip(results, outputs, strict=True):
+            result.meta = {"val": node.meta["val"]}
+        graph.output(results)
         tensors = {str(node.target): _attribute(self._module, str(node.target)) for node in weights}
         return fx.GraphModule(tensors, graph)
 

@@ -1,4 +1,5 @@
-"""`shardline import`: a GGUF file of the Llama family becomes a Hugging Face folder.
+"""`shardline import`: a GGUF file of the Llama family becomes a Hugging Face folder, a TensorFlow
+SavedModel an ONNX file.
 
 Not here: the conversion itself; see runner.importer.
 """
@@ -16,9 +17,12 @@ if TYPE_CHECKING:
 
 def import_model(
     model: Annotated[
-        Path, typer.Argument(metavar="MODEL.gguf", help="A GGUF file of the llama architecture.")
+        Path,
+        typer.Argument(metavar="MODEL", help="A GGUF file of the Llama family, or a SavedModel."),
     ],
-    out: Annotated[Path, typer.Argument(metavar="OUT", help="The folder to write.")],
+    out: Annotated[
+        Path, typer.Argument(metavar="OUT", help="The folder, or the .onnx file, to write.")
+    ],
     dtype: Annotated[
         str, typer.Option(help="Type of the weights written: float32, bfloat16 or float16.")
     ] = "bfloat16",
@@ -30,11 +34,22 @@ def import_model(
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Turn a GGUF file of the Llama family into a Hugging Face folder that `plan` can read."""
+    """Turn a GGUF file of the Llama family into a Hugging Face folder that `plan` can read, or the
+    folder of a TensorFlow SavedModel into an ONNX file.
+
+    A SavedModel is converted by tf2onnx in a virtual environment of its own, which the first call
+    makes; that takes a package index. The other options are for GGUF files.
+    """
     import json
     from dataclasses import asdict
 
     from runner.importer import import_gguf
+    from runner.importer.saved_model import import_saved_model
+
+    if model.is_dir():
+        import_saved_model(model, out)
+        typer.echo(json.dumps({"model": str(model), "out": str(out)}) if as_json else str(out))
+        return
 
     report = import_gguf(
         model,
