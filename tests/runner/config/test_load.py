@@ -181,8 +181,12 @@ def test_set_makes_a_mapping_that_the_file_does_not_have() -> None:
     overrides = ["model.dims.height=[320]", "model.dims.width=[480]"]
     loaded = load(tensor_model(), overrides=overrides)
     assert loaded.config.model.dims == {"height": [320], "width": [480]}
-    overrides = ["model.factory_args.block.depth=3", 'parallel.tp_plan={"a.*.up": colwise}']
-    loaded = load(plan(HEAD), overrides=overrides)
+    overrides = [
+        'model.factory="a:b"',
+        "model.factory_args.block.depth=3",
+        'parallel.tp_plan={"a.*.up": colwise}',
+    ]
+    loaded = load(tensor_model("  dims: {height: [320], width: [480]}\n"), overrides=overrides)
     assert loaded.config.model.factory_args == {"block": {"depth": 3}}
     assert loaded.config.parallel.tp_plan == {"a.*.up": "colwise"}
     assert loaded.origins["model.factory_args.block"] == "--set"
@@ -190,7 +194,8 @@ def test_set_makes_a_mapping_that_the_file_does_not_have() -> None:
 
 
 def test_the_pipeline_size_follows_the_split_points() -> None:
-    loaded = load(plan(HEAD + "parallel: {split_points: [a]}\n"))
+    path = tensor_model("  dims: {height: [320], width: [480]}\n")
+    loaded = load(path, overrides=["parallel.split_points=[a]"])
     assert loaded.origins["parallel.pipeline_parallel_size"] == "parallel.split_points"
 
 

@@ -6,7 +6,9 @@ import pytest
 from pydantic import ValidationError
 
 from runner.config.fields import field_at, section_of, walk
-from runner.config.schema import TP_STYLES, ModelConfig, ParallelConfig, RunnerConfig, StageConfig
+from runner.config.model_schema import ModelConfig
+from runner.config.parallel_schema import TP_STYLES, ParallelConfig, StageConfig
+from runner.config.schema import RunnerConfig
 
 MINIMAL: dict[str, Any] = {"version": 1, "model": {"path": "/m"}}
 
