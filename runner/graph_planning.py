@@ -4,7 +4,6 @@ Everything else of this project that divides a model imports no torch before the
 tensor model is known only when it is traced.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -16,7 +15,8 @@ from parallel.plan import DTYPE_BYTES, Carry
 from parallel.topology import Topology
 from runner.bundle.bundle import Bundle
 from runner.compiler.buckets import buckets_of
-from runner.config.schema import BATCH, RunnerConfig
+from runner.config.model_schema import BATCH
+from runner.config.schema import RunnerConfig
 from runner.job import Job
 
 if TYPE_CHECKING:
@@ -35,21 +35,27 @@ class GraphJob(Job):
     model: "TensorModel | None" = None
 
     @classmethod
-    def prepare(cls, config: RunnerConfig, *, times: Sequence[float] | None = None) -> "GraphJob":
+    def prepare(cls, config: RunnerConfig) -> "GraphJob":
         """Open the model, trace it and divide it.
-
-        Args:
-            times: measured seconds of the parts that a cut can move; None: estimated.
 
         Raises:
             ConfigError: the model, a size or a cut is not possible.
             IntegrityError: a file of the model is corrupt or does not match.
         """
-        from parallel.graph_planner import CutRequest, make_graph_plan
         from runner.sources.tensor_model import TensorModel
 
+        return cls.of(config, TensorModel.open(config))
+
+    @classmethod
+    def of(cls, config: RunnerConfig, model: "TensorModel") -> "GraphJob":
+        """Trace a model that is open and divide it.
+
+        Raises:
+            ConfigError: a size or a cut is not possible.
+        """
+        from parallel.graph_planner import CutRequest, make_graph_plan
+
         parallel = config.parallel
-        model = TensorModel.open(config)
         plan = make_graph_plan(
             model.module,
             graph_buckets(config, model.dtype),
@@ -61,7 +67,6 @@ class GraphJob(Job):
                 split_points=parallel.split_points,
                 stages=[s.modules for s in parallel.stages or [] if s.modules] or None,
                 tp_plan=parallel.tp_plan,
-                times=times,
             ),
         )
         return cls(config=config, plan=plan, model=model)
@@ -71,7 +76,6 @@ class GraphJob(Job):
         """Run what `shardline compile` made."""
         assert isinstance(bundle.plan, GraphPlan), "whoever calls this has looked"
         return cls(config=config, plan=bundle.plan, bundle=bundle)
-
 
     @property
     def source_files(self) -> tuple[Path, ...]:

@@ -4,34 +4,39 @@ from collections.abc import Sequence
 from typing import Any
 
 from parallel.fit import format_bytes
-from parallel.plan import RankPlan
+from parallel.graph_plan import GraphPlan, GraphStagePlan
+from parallel.plan import RankPlan, ShardPlan, StagePlan
 from runner.bundle.bundle import Bundle
 from runner.bundle.files import Fault
 from runner.bundle.layout import MODEL, artefact_folder, cache_folder, weights_file
 from runner.bundle.manifest import Choice
+from runner.cli.graph_plan_text import buckets_line, describe_modules, outputs_line
 from runner.cli.plan_text import condense, headline
 from runner.cli.table import plural, table
 
 _RANK_COLUMNS = ("rank>", "stage>", "tp rank>", "modules", "weights>", "caches>")
-_ARTEFACT_COLUMNS = ("segment", "tokens>", "backend", "ranks", "artefact", "size>")
-_CHOICE_COLUMNS = ("segment", "tokens>", "rank>", "chosen", "candidates", "reason")
+_ARTEFACT_COLUMNS = ("backend", "ranks", "artefact", "size>")
+_CHOICE_COLUMNS = ("rank>", "chosen", "candidates", "reason")
 _SHOWN_DIGITS = 12
 
 
 def describe_bundle(bundle: Bundle) -> str:
     """What it is and what it is bound to; ranks, artefacts and choices; parity and totals."""
     manifest = bundle.manifest
+    columns = ("segment", "samples>" if bundle.plan.kind == "graph" else "tokens>")
     lines = [
         headline(bundle.plan),
         f"built on {manifest.host.describe()}",
         f"made from {_source(bundle)}",
         "",
         *table(_RANK_COLUMNS, [_rank_row(bundle, rank) for rank in bundle.plan.ranks]),
+        *_shapes(bundle.plan),
         "",
-        *table(_ARTEFACT_COLUMNS, _artefact_rows(bundle)),
+        *table((*columns, *_ARTEFACT_COLUMNS), _artefact_rows(bundle)),
     ]
     if manifest.choices:
-        lines += ["", *table(_CHOICE_COLUMNS, [_choice_row(c) for c in manifest.choices])]
+        rows = [_choice_row(choice) for choice in manifest.choices]
+        lines += ["", *table((*columns, *_CHOICE_COLUMNS), rows)]
     return "\n".join([*lines, "", _parity(manifest.parity), _totals(bundle)])
 
 
@@ -56,10 +61,21 @@ def _source(bundle: Bundle) -> str:
 def _rank_row(bundle: Bundle, rank: RankPlan) -> list[str]:
     weights = bundle.manifest.files.get(weights_file(rank.rank))
     caches = _size_below(bundle, cache_folder(rank.rank))
-    modules = ", ".join(condense(bundle.plan.stages[rank.stage].modules))
     numbers = [str(rank.rank), str(rank.stage), str(rank.tp_rank)]
     sizes = [weights.size if weights else 0, caches]
+    modules = _modules(bundle.plan.stages[rank.stage])
     return [*numbers, modules, *(format_bytes(size) if size else "-" for size in sizes)]
+
+
+def _modules(stage: StagePlan) -> str:
+    if isinstance(stage, GraphStagePlan):
+        return describe_modules(stage)
+    return ", ".join(condense(stage.modules))
+
+
+def _shapes(plan: ShardPlan) -> list[str]:
+    """What a tensor model takes and returns."""
+    return ["", buckets_line(plan), outputs_line(plan)] if isinstance(plan, GraphPlan) else []
 
 
 def _artefact_rows(bundle: Bundle) -> list[list[str]]:

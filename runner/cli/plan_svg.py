@@ -1,177 +1,33 @@
-"""A plan as a drawing: stages from left to right, a card a rank, its bytes as a bar to scale.
-
-One standalone SVG with no script and no font of its own.
-"""
-
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from xml.etree import ElementTree as ET
+"""The plan of a language model as a drawing; see `plan_picture`."""
 
 from parallel.decoder_plan import DecoderPlan, DecoderRankPlan, DecoderStagePlan
-from parallel.fit import format_bytes
-from runner.cli.plan_text import condense, headline, span
-from runner.cli.svg_shapes import FONT, rect, text, width_of
-from runner.cli.table import plural
-
-# Three of Okabe and Ito's colours, told apart with any kind of colour vision and in grey.
-_PARTS = (("weights", "#0072B2"), ("activations", "#E69F00"), ("KV cache", "#009E73"))
-
-_FAINT, _PANEL, _EDGE, _TRACK = "#57606a", "#f3f5f7", "#c4cad1", "#e9ecef"
-
-_MARGIN, _PAD, _GAP = 28, 12, 150
-_MIN_WIDTH, _MIN_PANEL, _MAX_SHARE = 860, 290, 380
-_CARD_HEIGHT, _CARD_GAP, _BAR_HEIGHT = 96, 12, 22
-_TOP, _LINE, _SHARE_SIZE = 118, 17, 11.5
-
-
-@dataclass(frozen=True)
-class _Frame:
-    """Where things stand, in pixels."""
-
-    plan: DecoderPlan
-    panel_width: float
-    header_height: float
-
-    @classmethod
-    def around(cls, plan: DecoderPlan) -> "_Frame":
-        stages = len(plan.stages)
-        room = _MIN_WIDTH - 2 * _MARGIN - (stages - 1) * _GAP
-        longest = max(width_of(_share(plan, rank), _SHARE_SIZE) for rank in plan.ranks)
-        panel_width = max(_MIN_PANEL, min(longest + 1, _MAX_SHARE) + 4 * _PAD, room / stages)
-        lines = [len(_module_lines(s, panel_width - 2 * _PAD)) for s in plan.stages]
-        return cls(plan, panel_width, 44 + _LINE * max(lines))
-
-    @property
-    def width(self) -> float:
-        stages = len(self.plan.stages)
-        return 2 * _MARGIN + stages * self.panel_width + (stages - 1) * _GAP
-
-    @property
-    def height(self) -> float:
-        return _TOP + self.panel_height(max(self.plan.tp_sizes)) + _MARGIN
-
-    @property
-    def bar_width(self) -> float:
-        return self.panel_width - 4 * _PAD
-
-    def panel_height(self, tp_size: int) -> float:
-        return self.header_height + tp_size * (_CARD_HEIGHT + _CARD_GAP)
-
-    def panel_x(self, stage: int) -> float:
-        return _MARGIN + stage * (self.panel_width + _GAP)
-
-    def card(self, rank: int) -> tuple[float, float]:
-        """The top left corner of a rank's card."""
-        here = self.plan.topology.coordinate(rank)
-        y = _TOP + self.header_height + here.tp_rank * (_CARD_HEIGHT + _CARD_GAP)
-        return self.panel_x(here.stage) + _PAD, y
+from runner.cli.plan_picture import Picture, draw_picture, facts_of
+from runner.cli.plan_text import condense, span
 
 
 def draw(plan: DecoderPlan) -> str:
     """The SVG document."""
-    frame = _Frame.around(plan)
-    size = {"width": f"{frame.width:g}", "height": f"{frame.height:g}"}
-    root = ET.Element(
-        "svg",
-        xmlns="http://www.w3.org/2000/svg",
-        viewBox=f"0 0 {frame.width:g} {frame.height:g}",
-        role="img",
-        attrib={"font-family": FONT, **size},
+    length = plan.max_model_len
+    picture = Picture(
+        plan,
+        facts=facts_of(plan, f"max_model_len {length}"),
+        parts=(
+            ("weights", "weights"),
+            ("activations", "activations"),
+            ("KV cache", f"KV cache of one sequence of {length} tokens"),
+        ),
+        sizes=tuple(_sizes(plan, rank) for rank in plan.ranks),
+        shares=tuple(_share(plan, rank) for rank in plan.ranks),
+        modules=tuple(tuple(condense(stage.modules)) for stage in plan.stages),
+        carries=tuple(_carry_lines(stage) for stage in plan.stages[:-1]),
     )
-    ET.SubElement(root, "title").text = headline(plan)
-    _arrowhead(root)
-    rect(root, 0, 0, frame.width, frame.height, fill="#ffffff")
-    _title(root, frame)
-    for index in range(len(plan.stages)):
-        _stage(root, frame, index)
-    longest = max(sum(_parts(plan, rank)) for rank in plan.ranks)
-    for rank in plan.ranks:
-        _rank(root, frame, rank, scale=frame.bar_width / longest)
-    for index in range(1, len(plan.stages)):
-        _carries(root, frame, index)
-    ET.indent(root)
-    return ET.tostring(root, encoding="unicode") + "\n"
+    return draw_picture(picture)
 
 
-def _parts(plan: DecoderPlan, rank: DecoderRankPlan) -> tuple[int, int, int]:
+def _sizes(plan: DecoderPlan, rank: DecoderRankPlan) -> tuple[int, int, int]:
     """Bytes of weights, activations and the KV cache of one sequence of the plan's length."""
     kv_bytes = rank.kv_bytes_per_token * plan.max_model_len
     return rank.weight_bytes, rank.activation_bytes, kv_bytes
-
-
-def _title(root: ET.Element, frame: _Frame) -> None:
-    plan, width = frame.plan, frame.width - 2 * _MARGIN
-    sizes = f" ({' + '.join(map(str, plan.tp_sizes))})" if len(plan.stages) > 1 else ""
-    text(root, _MARGIN, 40, f"{plan.architecture}, {plan.dtype}", width, size=20, bold=True)
-    facts = (
-        f"{plural(len(plan.ranks), 'rank')}{sizes}, max_model_len {plan.max_model_len}, weights "
-        f"{format_bytes(sum(rank.weight_bytes for rank in plan.ranks))} in all, "
-        f"plan {plan.digest()[:12]}"
-    )
-    text(root, _MARGIN, 64, facts, width, size=13, fill=_FAINT)
-    labels = ["weights", "activations", f"KV cache of one sequence of {plan.max_model_len} tokens"]
-    x = float(_MARGIN)
-    for label, (_, colour) in zip(labels, _PARTS, strict=True):
-        rect(root, x, 82, 12, 12, fill=colour)
-        text(root, x + 18, 93, label, width_of(label, 12.5), size=12.5)
-        x += 18 + width_of(label, 12.5) + 24
-    text(root, x, 93, "bars to one scale", frame.width - _MARGIN - x, size=12.5, fill=_FAINT)
-
-
-def _stage(root: ET.Element, frame: _Frame, index: int) -> None:
-    stage, tp_size = frame.plan.stages[index], frame.plan.tp_sizes[index]
-    x, width = frame.panel_x(index), frame.panel_width
-    group = ET.SubElement(root, "g", attrib={"class": "stage"})
-    rect(group, x, _TOP, width, frame.panel_height(tp_size), fill=_PANEL, rx="8")
-    ET.SubElement(group, "title").text = ", ".join(condense(stage.modules))
-    inner = width - 2 * _PAD
-    text(
-        group,
-        x + _PAD,
-        _TOP + 24,
-        f"stage {index}: {plural(tp_size, 'rank')}",
-        inner,
-        size=14,
-        bold=True,
-    )
-    for line, content in enumerate(_module_lines(stage, inner)):
-        text(group, x + _PAD, _TOP + 44 + line * _LINE, content, inner, size=12)
-
-
-def _module_lines(stage: DecoderStagePlan, width: float) -> list[str]:
-    """The stage's modules, filled into lines of `width` pixels."""
-    lines = [""]
-    for module in condense(stage.modules):
-        longer = f"{lines[-1]}, {module}" if lines[-1] else module
-        if lines[-1] and width_of(longer + ",", 12) > width:
-            lines[-1] += ","
-            lines.append(module)
-        else:
-            lines[-1] = longer
-    return lines
-
-
-def _rank(root: ET.Element, frame: _Frame, rank: DecoderRankPlan, *, scale: float) -> None:
-    x, y = frame.card(rank.rank)
-    width, inner = frame.panel_width - 2 * _PAD, frame.bar_width
-    sizes = _parts(frame.plan, rank)
-    group = ET.SubElement(root, "g", attrib={"class": "rank"})
-    rect(group, x, y, width, _CARD_HEIGHT, fill="#ffffff", stroke=_EDGE, rx="5")
-    ET.SubElement(group, "title").text = ", ".join(
-        f"{name} {size:,} B" for (name, _), size in zip(_PARTS, sizes, strict=True)
-    )
-    left = x + _PAD
-    name = f"rank {rank.rank}, device {rank.device}"
-    text(group, left, y + 20, name, inner * 0.65, size=13, bold=True)
-    total = format_bytes(sum(sizes))
-    text(group, left + inner, y + 20, total, inner * 0.35, size=13, anchor="end")
-    text(group, left, y + 37, _share(frame.plan, rank), inner, size=_SHARE_SIZE, fill=_FAINT)
-    _bar(group, left, y + 46, sizes, scale, inner)
-    step = min(inner / 3, 120)
-    for place, (size, (_, colour)) in enumerate(zip(sizes, _PARTS, strict=True)):
-        at = left + place * step
-        rect(group, at, y + 77, 8, 8, fill=colour)
-        text(group, at + 12, y + 85, format_bytes(size), step - 12, size=11)
 
 
 def _share(plan: DecoderPlan, rank: DecoderRankPlan) -> str:
@@ -183,53 +39,13 @@ def _share(plan: DecoderPlan, rank: DecoderRankPlan) -> str:
     return f"{heads}, MLP {span(rank.mlp)}"
 
 
-def _bar(
-    group: ET.Element, x: float, y: float, sizes: Sequence[int], scale: float, width: float
-) -> None:
-    rect(group, x, y, width, _BAR_HEIGHT, fill=_TRACK)
-    for size, (name, colour) in zip(sizes, _PARTS, strict=True):
-        part = rect(group, x, y, size * scale, _BAR_HEIGHT, fill=colour)
-        part.set("class", name.replace(" ", "-"))
-        x += size * scale
-
-
-def _carries(root: ET.Element, frame: _Frame, stage: int) -> None:
-    """The arrows into a stage, and over them what they carry."""
-    plan, middle = frame.plan, frame.panel_x(stage) - _GAP / 2
-    for line, content in enumerate(_carry_lines(plan.stages[stage - 1])):
-        y = _TOP + 24 + line * _LINE
-        text(root, middle, y, content, _GAP - 12, size=11.5, anchor="middle")
-    half = _CARD_HEIGHT / 2
-    for target in plan.topology.ranks(stage):
-        source = plan.topology.carry_source(target)
-        assert source is not None, "only the first stage takes no carry"
-        (from_x, from_y), (to_x, to_y) = frame.card(source), frame.card(target)
-        start_x, end_x = from_x + frame.panel_width - 2 * _PAD + 2, to_x - 4
-        bend = _GAP / 2 + _PAD
-        curve = (
-            f"M {start_x:g} {from_y + half:g} C {start_x + bend:g} {from_y + half:g} "
-            f"{end_x - bend:g} {to_y + half:g} {end_x:g} {to_y + half:g}"
+def _carry_lines(stage: DecoderStagePlan) -> tuple[str, ...]:
+    return tuple(
+        line
+        for carry in stage.carries
+        for line in (
+            carry.name,
+            f"({', '.join(map(str, carry.shape))})",
+            f"{carry.num_bytes:,} B a token",
         )
-        attributes = {"stroke-width": "1.5", "marker-end": "url(#arrowhead)", "class": "carry"}
-        ET.SubElement(root, "path", d=curve, fill="none", stroke=_FAINT, attrib=attributes)
-
-
-def _carry_lines(stage: DecoderStagePlan) -> Iterator[str]:
-    for carry in stage.carries:
-        yield carry.name
-        yield f"({', '.join(map(str, carry.shape))})"
-        yield f"{carry.num_bytes:,} B a token"
-
-
-def _arrowhead(root: ET.Element) -> None:
-    marker = ET.SubElement(
-        ET.SubElement(root, "defs"),
-        "marker",
-        id="arrowhead",
-        viewBox="0 0 8 8",
-        refX="7",
-        refY="4",
-        orient="auto",
-        attrib={"markerWidth": "7", "markerHeight": "7"},
     )
-    ET.SubElement(marker, "path", d="M 0 0 L 8 4 L 0 8 z", fill=_FAINT)

@@ -38,7 +38,7 @@ def describe_plan(plan: DecoderPlan) -> str:
     return "\n".join([*lines, "", _kv_line(plan)])
 
 
-def describe_rank(plan: DecoderPlan, rank: int) -> str:
+def describe_rank(plan: ShardPlan, rank: int) -> str:
     """Every parameter of a rank, and the slices of the checkpoint that it is made of.
 
     Raises:
@@ -53,8 +53,13 @@ def describe_rank(plan: DecoderPlan, rank: int) -> str:
         f"{plan.topology.describe(rank)}, device {here.device}: {len(here.tensors)} tensors, "
         f"{format_bytes(here.weight_bytes)}"
     )
-    rows = [row for tensor in sorted(here.tensors, key=_position) for row in _tensor_rows(tensor)]
-    return "\n".join([headline(plan), "", title, "", *table(_TENSOR_COLUMNS, rows)])
+    in_order = isinstance(plan, GraphPlan)
+    tensors = here.tensors if in_order else sorted(here.tensors, key=_position)
+    rows = [row for tensor in tensors for row in _tensor_rows(tensor)]
+    lines = [headline(plan), "", title]
+    if in_order:
+        lines.append(f"runs {', '.join(condense(plan.stages[here.stage].modules))}")
+    return "\n".join([*lines, "", *table(_TENSOR_COLUMNS, rows)])
 
 
 def headline(plan: ShardPlan) -> str:

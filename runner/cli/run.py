@@ -59,8 +59,9 @@ def run(
     from runner.items.formats import check_format
     from runner.items.listing import list_items
     from runner.items.writing import open_output_folder
-    from runner.pipeline.offline import OfflineRun, outputs_of
+    from runner.pipeline.offline import Inputs, OfflineRun, outputs_of
 
+    Inputs.of(job.config, job.plan)
     items = list_items(inputs, output=output)
     require_extras(items)
     specs = outputs_of(job.plan)
@@ -106,6 +107,7 @@ def _settings(job: "GraphJob") -> dict[str, Any]:
     return {
         "model": job.plan.architecture,
         "dtype": job.plan.dtype,
+        "factory_args": config.model.factory_args,
         "source": {name: file.sha256 for name, file in source.items()},
         "preprocess": asdict(preprocess_of(config)),
         "tiling": config.tiling.model_dump() if config.tiling else None,
