@@ -28,6 +28,10 @@ NUM_MICROBATCHES = 16
 """For how many the bubble is predicted."""
 
 
+Traced = dict[Bucket, Graph]
+"""The undivided module at some shapes."""
+
+
 @dataclass(frozen=True)
 class CutRequest:
     """How a model is to be divided; all None: the cut by cost.
@@ -53,6 +57,8 @@ def make_graph_plan(
     is_batched: bool,
     cut: CutRequest,
     machine: Machine | None = None,
+    traced: Traced | None = None,
+    device: str = "cpu",
 ) -> GraphPlan:
     """Divide a module.
 
@@ -62,13 +68,17 @@ def make_graph_plan(
         architecture: the module's name, kept for the reader of the plan.
         dtype: of weights and activations, such as "float32".
         is_batched: the first dim of all inputs and outputs counts samples.
+        traced: takes the graph that is traced here, for a `Tracer`.
+        device: where that graph will run.
 
     Raises:
         ConfigError: the module cannot be traced or divided so, or does not keep samples apart.
     """
     machine = machine or Machine()
     _check_tp(topology, cut.tp_plan)
-    graph = trace_whole(module, buckets[-1], topology, cut.tp_plan)
+    graph = trace_whole(module, buckets[-1], topology, cut.tp_plan, device=device)
+    if traced is not None:
+        traced[buckets[-1]] = graph
     if is_batched:
         _check_batched(graph)
     boundaries = _boundaries(graph, topology, cut, machine)
@@ -152,10 +162,12 @@ class Tracer:
         plan: GraphPlan,
         tp_plan: Mapping[str, str] | None,
         *,
+        traced: Traced | None = None,
         device: str = "cpu",
     ) -> None:
         """
         Args:
+            traced: graphs of the undivided module that there are already, for `device`.
             device: where the graphs will run.
         """
         self._module = module
@@ -163,7 +175,7 @@ class Tracer:
         self._tp_plan = tp_plan
         self._device = device
         self._atomic = _atomic(module, plan.topology, tp_plan)
-        self._whole: dict[Bucket, Graph] = {}
+        self._whole: Traced = {} if traced is None else traced
 
     def stage(self, bucket: Bucket, rank: int) -> tuple[Stage, tuple[Value, ...]]:
         """What a rank runs in one bucket, and what the whole model returns, in the plan's order.

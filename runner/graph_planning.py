@@ -4,7 +4,7 @@ Everything else of this project that divides a model imports no torch before the
 tensor model is known only when it is traced.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,9 +17,10 @@ from runner.bundle.bundle import Bundle
 from runner.compiler.buckets import buckets_of
 from runner.config.model_schema import BATCH
 from runner.config.schema import RunnerConfig
-from runner.job import Job
+from runner.job import Job, device_type_of
 
 if TYPE_CHECKING:
+    from parallel.graph_planner import Traced
     from runner.sources.tensor_model import TensorModel
 
 
@@ -29,10 +30,12 @@ class GraphJob(Job):
 
     Attributes:
         model: None where it runs from a bundle.
+        traced: graphs of the undivided model that there are already.
     """
 
     plan: GraphPlan
     model: "TensorModel | None" = None
+    traced: "Traced" = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def prepare(cls, config: RunnerConfig) -> "GraphJob":
@@ -56,6 +59,7 @@ class GraphJob(Job):
         from parallel.graph_planner import CutRequest, make_graph_plan
 
         parallel = config.parallel
+        traced: Traced = {}
         plan = make_graph_plan(
             model.module,
             graph_buckets(config, model.dtype),
@@ -68,8 +72,10 @@ class GraphJob(Job):
                 stages=[s.modules for s in parallel.stages or [] if s.modules] or None,
                 tp_plan=parallel.tp_plan,
             ),
+            traced=traced,
+            device=device_type_of(config),
         )
-        return cls(config=config, plan=plan, model=model)
+        return cls(config=config, plan=plan, model=model, traced=traced)
 
     @classmethod
     def from_bundle(cls, bundle: Bundle, config: RunnerConfig) -> "GraphJob":

@@ -27,9 +27,14 @@ class Job:
     @property
     def device_type(self) -> Literal["cpu", "cuda"]:
         """Where the ranks run; auto is cuda where a GPU is usable."""
-        wanted = self.config.parallel.device
-        if wanted != "auto":
-            return wanted
-        import torch
+        return device_type_of(self.config)
 
-        return "cuda" if torch.cuda.is_available() else "cpu"
+
+def device_type_of(config: RunnerConfig) -> Literal["cpu", "cuda"]:
+    """Where a job of this configuration runs on this host."""
+    wanted = config.parallel.device
+    if wanted != "auto":
+        return wanted
+    import torch
+
+    return "cuda" if torch.cuda.is_available() else "cpu"

@@ -36,7 +36,14 @@ def programs_of_all(job: GraphJob, *, device: str) -> list[list[StageProgram]]:
 def _tracer(job: GraphJob, *, device: str) -> Tracer:
     """What traces the model of a job that has one."""
     assert job.model is not None
-    return Tracer(job.model.module, job.plan, job.config.parallel.tp_plan, device=device)
+    return Tracer(
+        job.model.module,
+        job.plan,
+        job.config.parallel.tp_plan,
+        # Traced for where the job runs.
+        traced=job.traced if device == job.device_type else None,
+        device=device,
+    )
 
 
 def _programs(plan: GraphPlan, tracer: Tracer, rank: int) -> list[StageProgram]:

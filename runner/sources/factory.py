@@ -22,6 +22,7 @@ from runner.sources.state_dict import assign_state_dict
 from runner.sources.state_file import read_state_dict
 
 _LOG = logging.getLogger(__name__)
+_SEED = 0
 _REFERENCE = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*(\.[A-Za-z_]\w*)*")
 
 
@@ -42,7 +43,8 @@ def open_factory(
     Args:
         reference: "package.module:function".
         arguments: keyword arguments of the function.
-        weights: see `read_state_dict`; None: as the factory makes them.
+        weights: see `read_state_dict`; None: as the factory makes them, from the same random
+            numbers in every process.
         allowed: `security.factories`.
         search_path: a folder that comes first where modules are looked for.
 
@@ -57,7 +59,9 @@ def open_factory(
     with _searched_first(search_path):
         factory = _import(reference, search_path)
         if weights is None:
-            return _finished(_call(reference, factory, arguments))
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(_SEED)
+                return _finished(_call(reference, factory, arguments))
         state = read_state_dict(weights)
         module = _build(reference, factory, arguments)
         assign_state_dict(module, state, file=weights)
