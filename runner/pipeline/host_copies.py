@@ -16,11 +16,7 @@ from runner.pipeline.stage_worker import NUM_SLOTS, Values
 
 @dataclass(frozen=True)
 class Fetched:
-    """Results on the host; their values are there when `wait` returns.
-
-    Attributes:
-        tensors: valid until the next fetch from the same slot, on a GPU.
-    """
+    """Results on the host; their values are there when `wait` returns."""
 
     tensors: list[torch.Tensor]
     wait: Callable[[], object]
@@ -29,26 +25,49 @@ class Fetched:
 class HostCopies(Protocol):
     """Between the host and the buffers of a stage."""
 
-    def put(self, rows: Sequence[Sequence[torch.Tensor]], buffers: Values, slot: int) -> None:
+    def put(
+        self,
+        rows: Sequence[Sequence[torch.Tensor]],
+        buffers: Values,
+        slot: int,
+        *,
+        after: Callable[[], object],
+    ) -> None:
         """Write samples into the buffers of a slot; what lies beyond them is zero.
 
         Args:
             rows: for each buffer its samples; a buffer without a batch dim has one, of its shape.
+            after: waits until the buffers' last values have been sent.
         """
         ...
 
+    def computed(self, slot: int) -> None:
+        """Say that what reads the buffers of a slot was started; the next `put` comes after it."""
+        ...
+
     def fetch(self, results: Sequence[torch.Tensor], slot: int) -> Fetched:
-        """Begin to bring results to the host."""
+        """Begin to bring results to the host; the next `put` comes after it."""
         ...
 
 
 class DirectCopies:
     """For a stage on the CPU."""
 
-    def put(self, rows: Sequence[Sequence[torch.Tensor]], buffers: Values, slot: int) -> None:
+    def put(
+        self,
+        rows: Sequence[Sequence[torch.Tensor]],
+        buffers: Values,
+        slot: int,
+        *,
+        after: Callable[[], object],
+    ) -> None:
         del slot
+        after()
         for samples, buffer in zip(rows, buffers.values(), strict=True):
             fill(samples, buffer)
+
+    def computed(self, slot: int) -> None:
+        """It was, when the call returned."""
 
     def fetch(self, results: Sequence[torch.Tensor], slot: int) -> Fetched:
         """A copy, since a result may lie in the buffers themselves."""
@@ -57,47 +76,57 @@ class DirectCopies:
 
 
 class StreamedCopies:
-    """For a stage on a GPU."""
+    """For a stage on a GPU.
+
+    Pinned memory is PyTorch's to keep: it gives a block out again when the copies from and to it
+    are done.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
         self._in = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._pinned_in: dict[tuple[int, str, torch.Size], torch.Tensor] = {}
-        self._pinned_out: dict[tuple[int, int, torch.Size], torch.Tensor] = {}
-        self._copied_in = [_event() for _ in range(NUM_SLOTS)]
         self._computed = [_event() for _ in range(NUM_SLOTS)]
+        self._fetched = [_event() for _ in range(NUM_SLOTS)]
 
-    def put(self, rows: Sequence[Sequence[torch.Tensor]], buffers: Values, slot: int) -> None:
-        # The pinned memory may still be read for the last micro-batch of this slot.
-        self._copied_in[slot].synchronize()
-        self._in.wait_event(self._computed[slot])
+    def put(
+        self,
+        rows: Sequence[Sequence[torch.Tensor]],
+        buffers: Values,
+        slot: int,
+        *,
+        after: Callable[[], object],
+    ) -> None:
+        staged = [_pinned(buffer) for buffer in buffers.values()]
+        for samples, pinned in zip(rows, staged, strict=True):
+            fill(samples, pinned)
         with torch.cuda.stream(self._in):
-            for samples, (name, buffer) in zip(rows, buffers.items(), strict=True):
-                key = slot, name, buffer.shape
-                if key not in self._pinned_in:
-                    self._pinned_in[key] = torch.empty_like(buffer, device="cpu", pin_memory=True)
-                fill(samples, self._pinned_in[key])
-                buffer.copy_(self._pinned_in[key], non_blocking=True)
-            self._copied_in[slot].record()
-        torch.cuda.current_stream(self._device).wait_event(self._copied_in[slot])
+            # On this stream: waiting on the compute stream would be for what runs now, too.
+            after()
+            self._in.wait_event(self._computed[slot])
+            self._in.wait_event(self._fetched[slot])
+            for pinned, buffer in zip(staged, buffers.values(), strict=True):
+                buffer.copy_(pinned, non_blocking=True)
+        torch.cuda.current_stream(self._device).wait_stream(self._in)
+
+    def computed(self, slot: int) -> None:
+        self._computed[slot].record(torch.cuda.current_stream(self._device))
 
     def fetch(self, results: Sequence[torch.Tensor], slot: int) -> Fetched:
-        self._computed[slot].record(torch.cuda.current_stream(self._device))
-        self._out.wait_event(self._computed[slot])
-        fetched = []
-        done = _event()
+        self._out.wait_stream(torch.cuda.current_stream(self._device))
+        fetched, done = [_pinned(result) for result in results], _event()
         with torch.cuda.stream(self._out):
-            for index, result in enumerate(results):
-                key = slot, index, result.shape
-                if key not in self._pinned_out:
-                    pinned = torch.empty_like(result, device="cpu", pin_memory=True)
-                    self._pinned_out[key] = pinned
-                fetched.append(self._pinned_out[key].copy_(result, non_blocking=True))
+            for pinned, result in zip(fetched, results, strict=True):
+                pinned.copy_(result, non_blocking=True)
+                # Its memory may be given out again on the compute stream, which does not wait.
+                result.record_stream(self._out)
             done.record()
-        # The next run in this slot overwrites the results.
-        torch.cuda.current_stream(self._device).wait_event(done)
+        self._fetched[slot] = done
         return Fetched(fetched, done.synchronize)
+
+
+def _pinned(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty_like(like, device="cpu", pin_memory=True)
 
 
 def _event() -> torch.cuda.Event:

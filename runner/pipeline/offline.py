@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from parallel.errors import ShardlineError
+from parallel.errors import ConfigError, ShardlineError
 from parallel.graph_plan import GraphPlan
 from parallel.plan import DTYPE_BYTES
 from runner.config.schema import RunnerConfig
@@ -50,8 +50,10 @@ class Inputs:
 
     @classmethod
     def of(cls, config: RunnerConfig, plan: GraphPlan) -> "Inputs":
-        """Raises ConfigError: sizes that contradict one another."""
+        """Raises ConfigError: sizes that contradict one another, windows that fit no input."""
         tiling = tiling_of(config)
+        if tiling:
+            _check_tiling(tiling, plan)
         first = 1 if plan.is_batched else 0
         specs = []
         for position, declared in enumerate(plan.buckets[-1]):
@@ -61,6 +63,21 @@ class Inputs:
                 dims = (*dims[: -len(tiling.roi_size)], *(None for _ in tiling.roi_size))
             specs.append(ArraySpec(declared.name, declared.dtype, dims))
         return cls(tuple(specs), preprocess_of(config), tiling)
+
+
+def _check_tiling(tiling: Tiling, plan: GraphPlan) -> None:
+    """Every window is a sample, so there must be buckets for it."""
+    roi = tiling.roi_size
+    if len(plan.buckets[0]) != 1:
+        names = ", ".join(value.name for value in plan.buckets[0])
+        raise ConfigError(f"tiling is for models of one input, this one has {names}; drop it")
+    shapes = list(Buckets.of(plan).by_shapes)
+    if not any(sample[-len(roi) :] == roi and len(sample) == len(roi) + 1 for (sample,) in shapes):
+        raise ConfigError(
+            f"tiling.roi_size={list(roi)} is in no bucket: samples are "
+            f"{'; '.join(str(list(sample)) for (sample,) in shapes)}, channels first; give the "
+            "spatial sizes of one of them"
+        )
 
 
 def outputs_of(plan: GraphPlan) -> tuple[ArraySpec, ...]:
@@ -146,21 +163,25 @@ class OfflineRun:
         return self._metrics.snapshot()
 
     def _policy(self) -> BatchingPolicy:
+        """Of items that are on the disk none is refused, so the queue holds one item at least."""
         scheduler = self._config.scheduler
         return BatchingPolicy(
             max_batch_size=scheduler.max_batch_size if self._plan.is_batched else 1,
             max_queue_delay_ms=scheduler.max_queue_delay_ms,
-            max_queue_size=scheduler.max_queue_size,
+            max_queue_size=max(scheduler.max_queue_size, self._samples_of_item()),
             preferred_batch_sizes=tuple(scheduler.preferred_batch_size or ()),
         )
 
     def _window(self, stages: int) -> int:
         """Items at once: enough for two full batches a stage, and all they ask for is queued."""
         scheduler = self._config.scheduler
-        tiling = self._inputs.tiling
-        per_item = tiling.sw_batch_size * (stages + 1) if tiling else 1
         wanted = 2 * scheduler.max_batch_size * (stages + 1)
-        return max(1, min(wanted, scheduler.max_queue_size) // per_item)
+        return max(1, min(wanted, scheduler.max_queue_size) // self._samples_of_item())
+
+    def _samples_of_item(self) -> int:
+        """The most that one item has in the pipeline at once."""
+        tiling = self._inputs.tiling
+        return tiling.sw_batch_size * (len(self._plan.stages) + 1) if tiling else 1
 
     def _compute(self, item: Item) -> ItemError | None:
         """One item from its file to its result; why not, if it is the item's fault."""
@@ -204,7 +225,9 @@ class OfflineRun:
             self._buckets.check(key)
         except ShardlineError as error:
             raise item.error(str(error)) from None
-        return self._service.submit(key, [torch.from_numpy(array) for array in arrays])
+        # A decoder may lend its own memory, which torch must not be told to write to.
+        owned = [array if array.flags.writeable else array.copy() for array in arrays]
+        return self._service.submit(key, [torch.from_numpy(array) for array in owned])
 
     def _named(self, outputs: Sequence[torch.Tensor]) -> dict[str, Array]:
         """Outputs by name; numpy has no bfloat16, so floating-point ones are float32."""

@@ -10,11 +10,12 @@ from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from queue import Empty, SimpleQueue
-from threading import Thread
+from threading import Lock, Thread
 
 import torch
 
 from parallel.context import ParallelContext
+from parallel.errors import RankLostError
 from parallel.relay import Header, Order, Relay, wait_for
 from runner.pipeline.host_copies import DirectCopies, Fetched, HostCopies, StreamedCopies
 from runner.pipeline.stage_worker import NUM_SLOTS, StageWorker, Values
@@ -57,6 +58,10 @@ class Pipeline:
         self._copies = copies_for(worker.device)
         self._asked: SimpleQueue[_Batch | None] = SimpleQueue()
         self._awaited: SimpleQueue[_Awaited | None] = SimpleQueue()
+        # The next two are guarded by the lock.
+        self._open: set[Future[list[list[torch.Tensor]]]] = set()
+        self._has_failed = False
+        self._lock = Lock()
         self.num_batches = 0
         self.first_s = self.last_s = 0.0
 
@@ -68,8 +73,15 @@ class Pipeline:
 
         Returns:
             For each sample its outputs, on the CPU.
+
+        Raises:
+            RankLostError: `drive` has failed; it says why.
         """
         answer: Future[list[list[torch.Tensor]]] = Future()
+        with self._lock:
+            if self._has_failed:
+                raise _ended()
+            self._open.add(answer)
         self._asked.put(_Batch(bucket, samples, answer))
         return answer
 
@@ -78,7 +90,17 @@ class Pipeline:
         self._asked.put(None)
 
     def drive(self) -> None:
-        """Run what is submitted, until `leave`; on the rank's main thread."""
+        """Run what is submitted, until `leave`; on the rank's main thread.
+
+        Whatever it raises, nobody waits on for an answer.
+        """
+        try:
+            self._drive()
+        except BaseException:
+            self._give_up()
+            raise
+
+    def _drive(self) -> None:
         collector = Thread(target=self._collect, name="results", daemon=True)
         collector.start()
         slot = 0
@@ -106,14 +128,14 @@ class Pipeline:
         worker, relay = self._worker, self._relay
         self.first_s = self.first_s or time.perf_counter()
         self.num_batches += 1
-        relay.finish(slot)
         buffers = worker.received(batch.bucket, slot)
         rows = list(zip(*batch.samples, strict=True))
-        self._copies.put(rows, buffers, slot)
+        self._copies.put(rows, buffers, slot, after=lambda: relay.finish(slot))
         header = Header(Order.RUN, batch.bucket, slot)
         relay.announce(header)
         relay.share(buffers.values())
         sends = worker.run(batch.bucket, slot)
+        self._copies.computed(slot)
         program = worker.programs[batch.bucket]
         if self._context.is_last_stage:
             results = [sends[value.name] for value in program.distinct_results]
@@ -133,10 +155,28 @@ class Pipeline:
                 answer = self._answer(awaited)
             # Whatever it is, whoever waits must hear of it.
             except Exception as error:
-                awaited.batch.answer.set_exception(error)
+                if self._settles(awaited.batch.answer):
+                    awaited.batch.answer.set_exception(error)
                 continue
             self.last_s = time.perf_counter()
-            awaited.batch.answer.set_result(answer)
+            if self._settles(awaited.batch.answer):
+                awaited.batch.answer.set_result(answer)
+
+    def _settles(self, answer: Future[list[list[torch.Tensor]]]) -> bool:
+        """Whether it is still open; whoever calls this answers it."""
+        with self._lock:
+            is_open = answer in self._open
+            self._open.discard(answer)
+        return is_open
+
+    def _give_up(self) -> None:
+        """Answer all that is open: no result will come any more."""
+        with self._lock:
+            self._has_failed = True
+            answers = list(self._open)
+            self._open.clear()
+        for answer in answers:
+            answer.set_exception(_ended())
 
     def _answer(self, awaited: _Awaited) -> list[list[torch.Tensor]]:
         program = self._worker.programs[awaited.batch.bucket]
@@ -147,6 +187,10 @@ class Pipeline:
             return [[output.clone() for output in outputs]]
         count = len(awaited.batch.samples)
         return [[output[index].clone() for output in outputs] for index in range(count)]
+
+
+def _ended() -> RankLostError:
+    return RankLostError("the pipeline ended before the results were there", peer=True)
 
 
 def follow(worker: StageWorker, context: ParallelContext) -> None:
@@ -200,8 +244,11 @@ class _ResultSender:
             sent.result()
 
     def close(self) -> None:
+        """Wait until all is gone, or raise why it cannot go."""
         self._queue.put(None)
         self._thread.join()
+        for slot in list(self._sent):
+            self.finish(slot)
 
     def _run(self) -> None:
         while (job := self._queue.get()) is not None:

@@ -4,6 +4,7 @@ import json
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from threading import Thread
 
 from parallel.collectives import all_gather_bytes
@@ -12,6 +13,7 @@ from parallel.launch import RankEnv
 from runner.compiler.counter import compilations
 from runner.graph_planning import GraphJob
 from runner.joining import as_rank, join
+from runner.pipeline.check import check_sharded, must_check
 from runner.pipeline.loading import load_worker
 from runner.pipeline.pipeline import Pipeline, follow
 from runner.pipeline.stage_worker import StageWorker
@@ -63,6 +65,10 @@ def run_graph_rank(job: GraphJob, env: RankEnv, use: Use | None) -> PipelineRepo
         phase.name = "loading the model"
         worker = load_worker(job, context)
         all_gather_bytes(b"", context.setup)  # Loading takes some ranks longer than others.
+        if must_check(job):
+            phase.name = "comparing the shards with the whole model"
+            run_worker(job, worker, context, partial(check_sharded, job) if use else None)
+            worker.busy.reset()
         phase.name = "running the pipeline"
         report = run_worker(job, worker, context, use)
         _LOG.debug("rank %d compiled: %s", env.rank, compilations() or "nothing")
@@ -81,8 +87,9 @@ def run_worker(
     pipeline = Pipeline(worker, context, is_batched=job.plan.is_batched)
     user = _User(use, pipeline)
     pipeline.drive()
-    user.finish()
+    # Before anything is raised: the others end well, whatever rank 0 met beside the pipeline.
     busy = _gather_busy(worker, context)
+    user.finish()
     return PipelineReport(pipeline.num_batches, pipeline.last_s - pipeline.first_s, busy)
 
 
@@ -111,5 +118,5 @@ class _User:
 
 
 def _gather_busy(worker: StageWorker, context: ParallelContext) -> tuple[float, ...]:
-    messages = all_gather_bytes(json.dumps(worker.busy_s).encode(), context.setup)
+    messages = all_gather_bytes(json.dumps(worker.busy.seconds()).encode(), context.setup)
     return tuple(float(json.loads(message)) for message in messages)

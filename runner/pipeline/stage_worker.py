@@ -1,7 +1,9 @@
 """One rank's stage of a tensor model at work: its weights, its buffers, its segments."""
 
 import time
-from collections.abc import Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import torch
 
@@ -45,7 +47,7 @@ class StageWorker:
         """
         self.programs = programs
         self.device = device
-        self.busy_s = 0.0
+        self.busy = _clock_of(device)
         self._runs = runs
         self._group = group
         self._weights = {
@@ -67,23 +69,23 @@ class StageWorker:
         Returns:
             What the stage sends; valid until the next run in this slot.
         """
-        started = time.perf_counter()
-        if captured := self._graphs.get((bucket, slot)):
-            graph, sends = captured
-            graph.replay()
-        else:
-            sends = self._compute(bucket, slot)
-        self.busy_s += time.perf_counter() - started
+        with self.busy.running():
+            if captured := self._graphs.get((bucket, slot)):
+                graph, sends = captured
+                graph.replay()
+            else:
+                sends = self._compute(bucket, slot)
         return sends
 
     @torch.inference_mode()
     def capture(self) -> None:
-        """Record every bucket and slot, the largest first, as CUDA graphs that share their memory.
+        """Record every bucket and slot, the largest first, as CUDA graphs.
 
-        All ranks of the stage must call this together.
+        Those of a slot share their memory. Those of two slots cannot: while one is computed, what
+        the other one made is still being sent. All ranks of the stage must call this together.
         """
         stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]
-        pool = torch.cuda.graph_pool_handle()
+        pools = [torch.cuda.graph_pool_handle() for _ in range(NUM_SLOTS)]
         for bucket in reversed(range(len(self.programs))):
             for slot in range(NUM_SLOTS):
                 stream.wait_stream(torch.cuda.current_stream(self.device))
@@ -94,7 +96,7 @@ class StageWorker:
                 graph = torch.cuda.CUDAGraph()
                 # Other threads, such as NCCL's watchdog, may go on calling CUDA meanwhile.
                 mode = "thread_local"
-                with torch.cuda.graph(graph, pool=pool, stream=stream, capture_error_mode=mode):
+                with torch.cuda.graph(graph, pools[slot], stream, capture_error_mode=mode):
                     sends = self._compute(bucket, slot)
                 self._graphs[bucket, slot] = graph, sends
 
@@ -115,6 +117,68 @@ class StageWorker:
         if step.kind == "all_reduce":
             return all_reduce(x, self._group)
         return stack(x, self._group).flatten(0, 1)
+
+
+class _HostClock:
+    """Seconds within `running`, where a call returns when its work is done."""
+
+    def __init__(self) -> None:
+        self._seconds = 0.0
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds += time.perf_counter() - started
+
+    def reset(self) -> None:
+        self._seconds = 0.0
+
+    def seconds(self) -> float:
+        return self._seconds
+
+
+class _StreamClock:
+    """The same on a GPU: from the stream's reaching a call's work to its end."""
+
+    _KEPT = 64
+
+    def __init__(self) -> None:
+        self._done_s = 0.0
+        self._spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        span = _timed_event(), _timed_event()
+        span[0].record()
+        yield
+        span[1].record()
+        self._spans.append(span)
+        if len(self._spans) > self._KEPT:
+            self._add_oldest()
+
+    def reset(self) -> None:
+        self._done_s = 0.0
+        self._spans.clear()
+
+    def seconds(self) -> float:
+        """Waits for what runs."""
+        while self._spans:
+            self._add_oldest()
+        return self._done_s
+
+    def _add_oldest(self) -> None:
+        start, stop = self._spans.popleft()
+        stop.synchronize()
+        self._done_s += start.elapsed_time(stop) / 1e3
+
+
+def _timed_event() -> torch.cuda.Event:
+    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+
+
+def _clock_of(device: torch.device) -> _HostClock | _StreamClock:
+    return _StreamClock() if device.type == "cuda" else _HostClock()
 
 
 class _Slot:

@@ -1,7 +1,7 @@
 """Measured parts and the cut they lead to: real modules, timed on the CPU."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
 
@@ -41,6 +41,20 @@ class Lopsided(nn.Module):
 """
 
 Prepare = Callable[..., GraphJob]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Threads that wait for a busy core would be measured, too."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def within(attempts: int, holds: Callable[[], bool]) -> bool:
+    """Whether something holds at least once; other processes may disturb a time, not mend it."""
+    return any(holds() for _ in range(attempts))
 
 
 @pytest.fixture
@@ -85,24 +99,34 @@ def test_every_part_has_a_time_and_all_add_up_to_that_of_the_model(
     job = unet()
     assert job.model is not None
     graph = trace_whole(job.model.module, job.plan.buckets[-1], job.plan.topology, None)
-    times = unit_times(graph, torch.device("cpu"), captures=False)
-    assert len(times) == len(graph.units)
-    assert min(times) > 0
-    image = torch.randn(2, 2, 32, 32)
-    whole = []
-    with torch.inference_mode():
-        for _ in range(9):
-            started = time.perf_counter()
-            job.model.module(image)
-            whole.append(time.perf_counter() - started)
-    assert min(whole) / 4 < sum(times) < 20 * min(whole)
+    module, image = job.model.module, torch.randn(2, 2, 32, 32)
+
+    def adds_up() -> bool:
+        times = unit_times(graph, torch.device("cpu"), captures=False)
+        assert len(times) == len(graph.units)
+        assert min(times) > 0
+        whole = []
+        with torch.inference_mode():
+            for _ in range(9):
+                started = time.perf_counter()
+                module(image)
+                whole.append(time.perf_counter() - started)
+        return min(whole) / 4 < sum(times) < 20 * min(whole)
+
+    assert within(5, adds_up)
 
 
 def test_what_takes_long_is_seen_to(lopsided: Callable[..., GraphJob]) -> None:
     job = lopsided(pipeline_parallel_size=3)
     found = Measured.of(job)
-    times = dict(zip(found.unit_names, found.unit_times_s, strict=True))
-    assert times["slow"] > 10 * times["first"], "its tensors are 40,000 times as large"
+
+    def is_seen() -> bool:
+        """Its tensors are 40,000 times as large."""
+        measured = Measured.of(job)
+        times = dict(zip(measured.unit_names, measured.unit_times_s, strict=True))
+        return times["slow"] > 10 * times["first"]
+
+    assert within(5, is_seen)
     assert sum(found.stage_times_s) == pytest.approx(sum(found.unit_times_s))
     assert sum(found.estimated_times_s) == pytest.approx(sum(found.unit_times_s))
     assert found.device == "the CPU"
