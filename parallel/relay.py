@@ -15,6 +15,9 @@ import torch.distributed as dist
 from parallel.collectives import broadcast
 from parallel.context import ParallelContext
 
+_NO_SLOT = -1
+"""Of headers that no values belong to."""
+
 RESULT_TAG = 1
 """Results must not be taken for carries, where two stages talk in both directions."""
 
@@ -81,20 +84,20 @@ class Relay:
         for value in values:
             broadcast(value, self._context.tp.ranks[0], self._context.tp)
 
-    def receive(self, buffers: Sequence[torch.Tensor]) -> None:
-        """Fill the buffers; on GPUs the compute stream waits, the host does not."""
-        if self._source is None:
-            self.share(buffers)
-            return
-        pending = [dist.irecv(b, src=self._source, group=self._group) for b in buffers]
-        wait_for(pending)
+    def begin_receive(self, buffers: Iterable[torch.Tensor]) -> list[dist.Work | None]:
+        """Begin to fill the buffers from the stage before; wait for what is returned."""
+        assert self._source is not None, "the first stage shares"
+        return [dist.irecv(b, src=self._source, group=self._group) for b in buffers]
 
     def send(self, header: Header, values: Iterable[torch.Tensor] = ()) -> None:
         """Pass a header, and what belongs to it, to the next stage, without waiting.
 
         The tensors must not change until `finish` of the slot.
         """
-        sent = self._in_flight.setdefault(header.slot, [])
+        slot = header.slot if header.order is Order.RUN else _NO_SLOT
+        if slot == _NO_SLOT:
+            self.finish(slot)
+        sent = self._in_flight.setdefault(slot, [])
         message = [header.to_tensor(), *values]
         for target in self._targets:
             sent += [(dist.isend(x, dst=target, group=self._group), x) for x in message]

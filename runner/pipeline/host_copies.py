@@ -129,6 +129,11 @@ def _pinned(like: torch.Tensor) -> torch.Tensor:
     return torch.empty_like(like, device="cpu", pin_memory=True)
 
 
+def copies_for(device: torch.device) -> HostCopies:
+    """What moves samples and results between the host and a device."""
+    return StreamedCopies(device) if device.type == "cuda" else DirectCopies()
+
+
 def _event() -> torch.cuda.Event:
     return torch.cuda.Event()  # type: ignore[no-untyped-call]
 

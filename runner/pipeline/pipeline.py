@@ -17,8 +17,8 @@ import torch
 from parallel.context import ParallelContext
 from parallel.errors import RankLostError
 from parallel.relay import Header, Order, Relay, wait_for
-from runner.pipeline.host_copies import DirectCopies, Fetched, HostCopies, StreamedCopies
-from runner.pipeline.stage_worker import NUM_SLOTS, StageWorker, Values
+from runner.pipeline.host_copies import Fetched, copies_for
+from runner.pipeline.stage_worker import NUM_SLOTS, StageWorker
 
 _REST_S = 1.0
 
@@ -120,7 +120,6 @@ class Pipeline:
         self._relay.drain()
 
     def _tell(self, header: Header) -> None:
-        self._relay.finish(header.slot)
         self._relay.announce(header)
         self._relay.send(header)
 
@@ -191,83 +190,3 @@ class Pipeline:
 
 def _ended() -> RankLostError:
     return RankLostError("the pipeline ended before the results were there", peer=True)
-
-
-def follow(worker: StageWorker, context: ParallelContext) -> None:
-    """Run what reaches this rank, until rank 0 says to leave; every rank but rank 0 does this."""
-    relay = Relay(context)
-    results = _ResultSender(relay, worker) if _sends_results(context) else None
-    while True:
-        header = relay.receive_header()
-        relay.finish(header.slot)
-        values: Values = {}
-        if header.order is Order.RUN:
-            if results:
-                results.finish(header.slot)
-            relay.receive(list(worker.received(header.bucket, header.slot).values()))
-            values = worker.run(header.bucket, header.slot)
-        if results and header.order is Order.RUN:
-            results.send(header, values)
-        elif not context.is_last_stage:
-            relay.send(header, values.values())
-        if header.order is Order.LEAVE:
-            break
-    if results:
-        results.close()
-    relay.drain()
-
-
-class _ResultSender:
-    """Sends results to rank 0 on a thread of its own; the next micro-batch need not wait."""
-
-    def __init__(self, relay: Relay, worker: StageWorker) -> None:
-        self._relay = relay
-        self._worker = worker
-        self._copies = copies_for(worker.device)
-        self._queue: SimpleQueue[tuple[Fetched, Future[None]] | None] = SimpleQueue()
-        self._sent: dict[int, Future[None]] = {}
-        self._thread = Thread(target=self._run, name="results", daemon=True)
-        self._thread.start()
-
-    def send(self, header: Header, values: Values) -> None:
-        """Begin to send what the model returns."""
-        program = self._worker.programs[header.bucket]
-        fetched = self._copies.fetch(
-            [values[value.name] for value in program.distinct_results], header.slot
-        )
-        self._sent[header.slot] = Future()
-        self._queue.put((fetched, self._sent[header.slot]))
-
-    def finish(self, slot: int) -> None:
-        """Wait until what came from a slot is gone."""
-        if sent := self._sent.pop(slot, None):
-            sent.result()
-
-    def close(self) -> None:
-        """Wait until all is gone, or raise why it cannot go."""
-        self._queue.put(None)
-        self._thread.join()
-        for slot in list(self._sent):
-            self.finish(slot)
-
-    def _run(self) -> None:
-        while (job := self._queue.get()) is not None:
-            fetched, sent = job
-            try:
-                fetched.wait()
-                self._relay.send_results(fetched.tensors)
-            # The main thread raises it.
-            except Exception as error:
-                sent.set_exception(error)
-                continue
-            sent.set_result(None)
-
-
-def _sends_results(context: ParallelContext) -> bool:
-    here = context.coordinate
-    return context.is_last_stage and here.stage > 0 and here.tp_rank == 0
-
-
-def copies_for(device: torch.device) -> HostCopies:
-    """What moves samples and results between the host and a device."""
-    return StreamedCopies(device) if device.type == "cuda" else DirectCopies()

@@ -14,8 +14,9 @@ from runner.compiler.counter import compilations
 from runner.graph_planning import GraphJob
 from runner.joining import as_rank, join
 from runner.pipeline.check import check_sharded, must_check
+from runner.pipeline.follower import follow
 from runner.pipeline.loading import load_worker
-from runner.pipeline.pipeline import Pipeline, follow
+from runner.pipeline.pipeline import Pipeline
 from runner.pipeline.stage_worker import StageWorker
 
 _LOG = logging.getLogger(__name__)

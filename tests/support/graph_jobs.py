@@ -364,7 +364,10 @@ def relay(
         if header.order is Order.RUN:
             start = float(header.bucket) if context.rank == 0 else -1.0
             values = [torch.full((sizes[header.bucket],), start), torch.tensor([True, False])]
-            (link.share if context.rank == 0 else link.receive)(values)
+            if context.is_first_stage:
+                link.share(values)
+            else:
+                wait_for(link.begin_receive(values))
             kept.append([value.clone() for value in values])
             values = [values[0] + 1, values[1]]
         if not context.is_last_stage:
