@@ -4,8 +4,8 @@ whole module in a wider dtype.
 How far the module is from that in its own dtype says how much a compiled one may be.
 """
 
-import copy
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
@@ -19,6 +19,7 @@ from parallel.graph_planner import values_of
 from parallel.records import read_record
 from runner.build.agreement import cosine_of, errors_of
 from runner.build.recipe import Verdict
+from runner.build.widening import run_widened, wider_than
 from runner.config.schema import ParityConfig
 from runner.graph_planning import GraphJob
 from runner.pipeline.check import random_inputs
@@ -28,8 +29,6 @@ from runner.pipeline.stage_worker import StageWorker
 
 if TYPE_CHECKING:
     from runner.pipeline.pipeline import Pipeline
-
-_WIDE = {torch.float32: torch.float64, torch.bfloat16: torch.float32, torch.float16: torch.float32}
 
 _FLOOR = 64
 """Errors of so many roundings are never too large: other kernels add in another order."""
@@ -42,8 +41,9 @@ class OutputParity:
     Attributes:
         bucket: the inputs' shapes.
         error: largest, relative to the root mean square of the reference; of integers, the share
-            that differ.
-        eager_error: the same of PyTorch's kernels in the model's dtype, undivided.
+            that differ from those of `eager`; -1 where it is not a finite number, and so is
+            `cosine`.
+        eager_error: of PyTorch's kernels in the model's dtype, undivided, from the reference.
     """
 
     output: str
@@ -90,8 +90,7 @@ def compare(job: GraphJob, worker: StageWorker, context: ParallelContext) -> Gra
 def _judge_all(job: GraphJob, pipeline: "Pipeline") -> list[OutputParity]:
     assert job.model is not None
     module = job.model.module
-    dtype = getattr(torch, job.plan.dtype)
-    wide = copy.deepcopy(module).to(_WIDE[dtype])
+    wide = wider_than(getattr(torch, job.plan.dtype))
     found: list[OutputParity] = []
     for index, bucket in enumerate(job.plan.buckets):
         inputs = random_inputs(values_of(bucket), seed=index)
@@ -104,8 +103,8 @@ def _judge_all(job: GraphJob, pipeline: "Pipeline") -> list[OutputParity]:
         compiled = [torch.stack(o) for o in zip(*answers, strict=True)]
         if not job.plan.is_batched:
             compiled = [output[0] for output in compiled]
-        wider = [x.to(_WIDE[dtype]) if x.is_floating_point() else x for x in inputs]
-        found += _judge(job, bucket, compiled, _run(module, inputs), _run(wide, wider))
+        eager, exact = _run(module, inputs), run_widened(module, inputs, wide)
+        found += _judge(job, bucket, compiled, eager, exact)
     return found
 
 
@@ -140,17 +139,39 @@ def _judge_one(
     bounds: ParityConfig,
 ) -> OutputParity:
     compiled, eager, wide = outputs
+    if not eager.numel():
+        return OutputParity(name, shapes, 0.0, 0.0, 1.0, passed=True)
     if not eager.is_floating_point():
-        error = (compiled != eager).float().mean().item()
-        return OutputParity(name, shapes, error, 0.0, 1 - error, error <= 1 - bounds.min_top1)
-    nothing = torch.zeros((), dtype=wide.dtype)
-    error, _ = errors_of(compiled.to(wide.dtype), wide, rounding=nothing)
-    eager_error, _ = errors_of(eager.to(wide.dtype), wide, rounding=nothing)
-    cosine = cosine_of(compiled.to(wide.dtype), wide, rounding=nothing)
+        error, eager_error = (_share(x != y) for x, y in ((compiled, eager), (eager, wide)))
+        passed = error <= max(1 - bounds.min_top1, eager_error)
+        return OutputParity(name, shapes, error, eager_error, 1 - error, passed)
+    error, cosine = _distance(compiled, wide)
+    eager_error, _ = _distance(eager, wide)
     allowed = max(bounds.max_error_ratio * eager_error, _FLOOR * torch.finfo(eager.dtype).eps)
     # Written so that NaN fails.
     passed = error <= allowed and cosine >= bounds.min_cosine
-    return OutputParity(name, shapes, error, eager_error, cosine, passed)
+    return OutputParity(name, shapes, _known(error), _known(eager_error), _known(cosine), passed)
+
+
+def _share(flags: torch.Tensor) -> float:
+    return flags.double().mean().item()
+
+
+def _distance(found: torch.Tensor, wide: torch.Tensor) -> tuple[float, float]:
+    """The largest error and the cosine; NaN and infinity are equal to themselves alone."""
+    found = found.to(wide.dtype)
+    same = (found == wide) | (found.isnan() & wide.isnan())
+    if same.all():
+        return 0.0, 1.0  # The cosine of zeros is 0.
+    is_odd = same & ~wide.isfinite()
+    found, wide = found.masked_fill(is_odd, 0), wide.masked_fill(is_odd, 0)
+    nothing = torch.zeros((), dtype=wide.dtype)
+    return errors_of(found, wide, rounding=nothing)[0], cosine_of(found, wide, rounding=nothing)
+
+
+def _known(number: float) -> float:
+    """JSON has no word for what is not a number."""
+    return number if math.isfinite(number) else -1.0
 
 
 def _complaint(failed: OutputParity) -> str:

@@ -1,6 +1,7 @@
 """`GraphRecipe`: how a tensor model becomes a bundle."""
 
-from collections.abc import Mapping
+import hashlib
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -13,10 +14,11 @@ from parallel.context import ParallelContext
 from runner.build.built import Built
 from runner.build.contents import uses_of
 from runner.build.graph_parity import GraphParity, compare
+from runner.build.sharing import barrier
 from runner.build.worklist import Use, Work
 from runner.bundle import layout
 from runner.bundle.builder import BundleBuilder
-from runner.bundle.weights_file import TensorHeader
+from runner.bundle.weights_file import TensorHeader, read_weights
 from runner.compiler.backend import Compiled
 from runner.compiler.backends import Backends
 from runner.compiler.segment import Segment
@@ -24,14 +26,19 @@ from runner.graph_planning import GraphJob
 from runner.pipeline.loading import make_worker, runs_of
 from runner.pipeline.programs import batch_size, programs_of_all, weights_of
 from runner.pipeline.stage_program import StageProgram
-from runner.pipeline.stored_programs import FILE, write_programs
+from runner.pipeline.stored_programs import FILE, read_programs, write_programs
 
 
 @dataclass(frozen=True)
 class GraphRecipe:
-    """See `runner.build.recipe.Recipe`."""
+    """See `runner.build.recipe.Recipe`.
+
+    Attributes:
+        traced_on: type of the device that its graphs name.
+    """
 
     job: GraphJob
+    traced_on: str
 
     @property
     def source_files(self) -> tuple[Path, ...]:
@@ -40,7 +47,7 @@ class GraphRecipe:
     @cached_property
     def programs(self) -> list[list[StageProgram]]:
         """Of all ranks, by bucket."""
-        return programs_of_all(self.job, device=self.job.device_type)
+        return programs_of_all(self.job, device=self.traced_on)
 
     def works(self) -> list[Work]:
         """Segments are equal if their code and their shapes are: constants are weights, too."""
@@ -56,18 +63,31 @@ class GraphRecipe:
         return list(found.values())
 
     def write_weights(self, rank: int, builder: BundleBuilder, *, source: str) -> None:
-        if not self.source_files or builder.finished_weights(rank, source):
+        """Those of the plan, which is about the largest bucket, and then what others hold besides:
+        constants of their shapes.
+        """
+        if not self.source_files:
             return
         programs = self.programs[rank]
         weights = dict(weights_of(self.job, rank, programs, device=torch.device("cpu")))
-        order = [tensor.name for tensor in self.job.plan.ranks[rank].tensors]
+        made_from = hashlib.sha256(f"{source} {_digest_of_buffers(programs)}".encode())
+        if builder.finished_weights(rank, made_from.hexdigest()):
+            return
+        planned = [tensor.name for tensor in self.job.plan.ranks[rank].tensors]
+        order = dict.fromkeys([*planned, *weights])
         headers = {name: _header(weights[name]) for name in order}
         tensors = ((name, weights[name]) for name in order)
-        builder.write_weights(rank, tensors, source=source, headers=headers)
+        builder.write_weights(rank, tensors, source=made_from.hexdigest(), headers=headers)
 
     def copy_files(self, builder: BundleBuilder) -> None:
+        """Those that `compare` has written are there already."""
+        if (builder.folder / layout.MODEL / FILE).exists():
+            return
+        # A graph names devices, and those of a bundle are moved to whatever they run on.
+        on_cpu = self.traced_on == "cpu"
+        programs = self.programs if on_cpu else programs_of_all(self.job, device="cpu")
         with TemporaryDirectory(prefix="shardline-programs-") as name:
-            files = write_programs(self.programs, Path(name))
+            files = write_programs(programs, Path(name))
             builder.copy_model_files(Path(name), files)
 
     def portable_config(self, device_type: str) -> dict[str, Any]:
@@ -91,7 +111,11 @@ class GraphRecipe:
         built: list[Built],
         backends: Backends,
     ) -> GraphParity:
-        programs = self.programs[context.rank]
+        if context.rank == 0:
+            self.copy_files(builder)
+        barrier(context.setup)
+        folder = builder.folder / layout.MODEL
+        programs = read_programs(folder, context.rank, device=context.device.type)
         uses = uses_of(built, context.world.size)[context.rank]
         backend_of: Mapping[str, str] = {made.key: made.backend for made in built}
 
@@ -100,13 +124,35 @@ class GraphRecipe:
             return backends[backend_of[key]].load(builder.artefact_folder(key), segment)
 
         runs = runs_of(self.job, programs, load)
-        worker = make_worker(self.job, context, programs, runs)
+        worker = make_worker(self.job, context, programs, runs, self._as_run(context, builder))
         return compare(self.job, worker, context)
+
+    def _as_run(
+        self, context: ParallelContext, builder: BundleBuilder
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """A rank's weights on its device, from the bundle where that holds any."""
+        if self.source_files:
+            file = builder.folder / layout.weights_file(context.rank)
+            return read_weights(file, device=context.device)
+        programs = self.programs[context.rank]
+        return weights_of(self.job, context.rank, programs, device=context.device)
 
 
 def _identity(segment: Segment) -> Any:
-    code = getattr(segment.module, "code", "")
-    return code, segment.activations, tuple(segment.weights.items())
+    assert isinstance(segment.module, torch.fx.GraphModule), "it was traced"
+    return segment.module.code, segment.activations, tuple(segment.weights.items())
+
+
+def _digest_of_buffers(programs: list[StageProgram]) -> str:
+    """sha256 of what the model's code may have computed, beside what its file holds."""
+    digest = hashlib.sha256()
+    for program in programs:
+        for step in program.computations:
+            for name, buffer in step.segment.module.named_buffers():
+                data = buffer.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+                digest.update(f"{name} {buffer.dtype} {tuple(buffer.shape)}".encode())
+                digest.update(data.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _header(tensor: torch.Tensor) -> TensorHeader:

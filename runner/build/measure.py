@@ -1,6 +1,7 @@
-"""How long a compiled segment takes, and how far it is off, on random numbers.
+"""How long a compiled segment takes, and how far it is off, on random activations.
 
-Weights come from main memory, as they do in a model: as many sets of inputs are cycled through as
+Weights are the segment's own where it holds any, and random where it knows only their shapes. They
+come from main memory, as they do in a model: as many sets of inputs are cycled through as
 do not fit into the cache.
 """
 
@@ -11,8 +12,9 @@ from statistics import median
 
 import torch
 
+from runner.build.widening import run_widened, wider_than
 from runner.compiler.backend import Compiled
-from runner.compiler.segment import Segment, TensorSpec
+from runner.compiler.segment import Segment, TensorSpec, named_tensors
 
 Inputs = tuple[torch.Tensor, ...]
 
@@ -21,6 +23,8 @@ _CACHE_SHARE = 4
 """Inputs of so many times the size of the cache are cycled through."""
 _MAX_SETS = 16
 _CPU_CACHE_BYTES = 64 * 2**20
+_MAX_OTHER = 0.01
+"""Share of the elements of an integer output, such as labels, that rounding may change."""
 
 
 @dataclass(frozen=True)
@@ -40,15 +44,15 @@ class Samples:
     @classmethod
     @torch.inference_mode()
     def draw(cls, segment: Segment, device: torch.device) -> "Samples":
-        """Random inputs, equal in every run."""
+        """Inputs that are equal in every run."""
         generator = torch.Generator(device).manual_seed(0)
         num_bytes = sum(s.empty("meta").nbytes for s in segment.inputs)
         sets = min(_MAX_SETS, 1 + _CACHE_SHARE * _cache_bytes(device) // max(1, num_bytes))
         inputs = tuple(_draw(segment, device, generator) for _ in range(max(2, sets)))
-        dtype = next(s.dtype for s in segment.inputs if s.dtype.is_floating_point)
-        wide = torch.float64 if dtype == torch.float32 else torch.float32
+        floating = (s.dtype for s in segment.inputs if s.dtype.is_floating_point)
+        dtype = next(floating, torch.float32)
         run = segment.function()
-        exact = tuple(run(*(x.to(wide) if x.is_floating_point() else x for x in inputs[0])))
+        exact = tuple(run_widened(run, inputs[0], wider_than(dtype)))
         eager = error_of(tuple(run(*inputs[0])), exact)
         floor = 4 * torch.finfo(dtype).eps
         return cls(inputs, exact, max(eager, floor))
@@ -56,23 +60,36 @@ class Samples:
     @torch.inference_mode()
     def error_ratio(self, run: Compiled) -> float:
         """The error of a compiled form as a multiple of that of eager."""
-        return error_of(run(*self.inputs[0]), self.exact) / self.eager_error
+        error = error_of(run(*self.inputs[0]), self.exact)
+        # Where eager's own numbers overflow, both are infinite.
+        return 1.0 if error == self.eager_error else error / self.eager_error
 
 
 def error_of(outputs: tuple[torch.Tensor, ...], exact: tuple[torch.Tensor, ...]) -> float:
-    """The largest error of any output, relative to the root mean square of that output."""
-    errors = [
-        ((o.to(e.dtype) - e).abs().max() / e.pow(2).mean().sqrt().clamp_min(1e-30)).item()
-        for o, e in zip(outputs, exact, strict=True)
-    ]
+    """The largest error of any output, relative to the root mean square of that output.
+
+    Where the exact number is not finite, such as the root of a random negative one, any is right.
+    """
+    errors = [_error_of(o, e) for o, e in zip(outputs, exact, strict=True)]
     # Of a list that holds a NaN, max returns whatever comes first.
-    return float("inf") if any(map(math.isnan, errors)) else max(errors)
+    return float("inf") if any(map(math.isnan, errors)) else max(errors, default=0.0)
+
+
+def _error_of(output: torch.Tensor, exact: torch.Tensor) -> float:
+    if not exact.is_floating_point():
+        share = (output != exact).float().mean().item() if exact.numel() else 0.0
+        return max(0.0, share - _MAX_OTHER)
+    told = exact.isfinite()
+    off, exact = (output.to(exact.dtype) - exact)[told], exact[told]
+    if not exact.numel():
+        return 0.0
+    return (off.abs().max() / exact.pow(2).mean().sqrt().clamp_min(1e-30)).item()
 
 
 @torch.inference_mode()
 def microseconds(run: Compiled, inputs: tuple[Inputs, ...]) -> float:
     """The median time of a call; on a GPU inside a CUDA graph, so without the host's share."""
-    device = inputs[0][0].device
+    device = next((x.device for x in inputs[0]), torch.device("cpu"))
     rounds = [_round_on_gpu, _round_on_cpu][device.type == "cpu"](run, inputs)
     return median(rounds) / len(inputs) * 1e6
 
@@ -111,11 +128,25 @@ def _round_on_cpu(run: Compiled, inputs: tuple[Inputs, ...]) -> list[float]:
 
 def _draw(segment: Segment, device: torch.device, generator: torch.Generator) -> Inputs:
     activations = [_normal(s, device, generator, 1.0) for s in segment.activations]
+    held = {name: tensor for name, tensor in named_tensors(segment.module) if not tensor.is_meta}
     weights = [
-        _normal(spec, device, generator, 0.02) if len(spec.shape) > 1 else _around_one(spec, device)
-        for spec in segment.weights.values()
+        # A variance that is drawn may be negative, an index out of its range.
+        _copy(held[name], device) if name in held else _random_weight(spec, device, generator)
+        for name, spec in segment.weights.items()
     ]
     return (*activations, *weights)
+
+
+def _copy(weight: torch.Tensor, device: torch.device) -> torch.Tensor:
+    return weight.detach().clone(memory_format=torch.contiguous_format).to(device)
+
+
+def _random_weight(
+    spec: TensorSpec, device: torch.device, generator: torch.Generator
+) -> torch.Tensor:
+    if len(spec.shape) > 1:
+        return _normal(spec, device, generator, 0.02)
+    return spec.empty(device).fill_(1.0)
 
 
 def _normal(
@@ -125,10 +156,6 @@ def _normal(
         # Whatever an index may be, 0 and 1 are in range.
         return spec.empty(device).random_(0, 2, generator=generator)
     return spec.empty(device).normal_(0.0, std, generator=generator)
-
-
-def _around_one(spec: TensorSpec, device: torch.device) -> torch.Tensor:
-    return spec.empty(device).fill_(1.0)
 
 
 def _cache_bytes(device: torch.device) -> int:

@@ -75,14 +75,18 @@ class Recipe(Protocol):
         ...
 
 
-def recipe_of(job: Job) -> Recipe:
-    """The recipe for the kind of model that a job is about."""
+def recipe_of(job: Job, *, traced_on: str | None = None) -> Recipe:
+    """The recipe for the kind of model that a job is about.
+
+    Args:
+        traced_on: type of the device that segments are exported on; None: where the job runs.
+    """
     if job.config.model.kind == "graph":
         from runner.build.graph_recipe import GraphRecipe
         from runner.graph_planning import GraphJob
 
         assert isinstance(job, GraphJob)
-        return GraphRecipe(job)
+        return GraphRecipe(job, traced_on or job.device_type)
     from runner.build.decoder_recipe import DecoderRecipe
     from runner.planning import DecoderJob
 

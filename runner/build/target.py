@@ -57,7 +57,7 @@ def compile_for_target(job: Job, destination: Destination, gpu: str) -> Outcome:
     """
     backend = TensorRTTargetBackend(gpu)
     backend.fingerprint()
-    recipe = recipe_of(job)
+    recipe = recipe_of(job, traced_on=_TRACED_ON)
     source = source_of(recipe.source_files, Group.alone())
     verdict = Verdict(False, f"not compared: built for {gpu} without a device")
     with destination.lead(recipe) as builder:

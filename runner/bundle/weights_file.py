@@ -24,10 +24,16 @@ if TYPE_CHECKING:
 
 # Torch's name of a dtype -> safetensors' name, and bytes of an element.
 _STORED = {
+    "float64": ("F64", 8),
     "float32": ("F32", 4),
     "bfloat16": ("BF16", 2),
     "float16": ("F16", 2),
+    "int64": ("I64", 8),
+    "int32": ("I32", 4),
+    "int16": ("I16", 2),
     "int8": ("I8", 1),
+    "uint8": ("U8", 1),
+    "bool": ("BOOL", 1),
     "float8_e4m3fn": ("F8_E4M3", 1),
 }
 

@@ -40,7 +40,7 @@ class BuildSettings:
     """
 
     optimization_level: int | None = None
-    workspace_bytes: int = 256 * 2**20
+    workspace_bytes: int = 2**30
 
 
 class TensorRTBackend:

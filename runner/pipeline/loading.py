@@ -1,8 +1,10 @@
 """From a job to a rank's stage of a tensor model at work, uncompiled or from a bundle."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from tempfile import TemporaryDirectory
+
+import torch
 
 from parallel.context import ParallelContext
 from runner.compiler.backend import artefact_key
@@ -32,7 +34,8 @@ def load_worker(job: GraphJob, context: ParallelContext) -> StageWorker:
         runs = _rebuilt(job, programs, context)
     else:
         runs = _bundled(job, programs, context)
-    return make_worker(job, context, programs, runs)
+    weights = weights_of(job, context.rank, programs, device=context.device)
+    return make_worker(job, context, programs, runs, weights)
 
 
 def make_worker(
@@ -40,10 +43,10 @@ def make_worker(
     context: ParallelContext,
     programs: Sequence[StageProgram],
     runs: Sequence[Runs],
+    weights: Iterable[tuple[str, torch.Tensor]],
 ) -> StageWorker:
-    """A worker with this rank's weights; on a GPU its graphs are captured."""
-    weights = dict(weights_of(job, context.rank, list(programs), device=context.device))
-    worker = StageWorker(programs, runs, weights, context.tp, context.device)
+    """A worker of this rank; on a GPU its graphs are captured."""
+    worker = StageWorker(programs, runs, dict(weights), context.tp, context.device)
     if context.device.type == "cuda" and not job.config.compile.enforce_eager:
         worker.capture()
     return worker

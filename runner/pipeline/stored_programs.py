@@ -86,7 +86,12 @@ class StoredSegment(Segment):
         return specs
 
     def export(self, device: torch.device | str) -> torch.export.ExportedProgram:
-        return move_to_device_pass(read_program(vars(self)["_file"]), str(device))
+        program = move_to_device_pass(read_program(vars(self)["_file"]), str(device))
+        # A file holds no example inputs, and inductor asks for them; the graph's own are fake.
+        nodes = {node.name: node for node in program.graph.nodes}
+        names = program.graph_signature.user_inputs
+        program.example_inputs = tuple(nodes[str(name)].meta["val"] for name in names), {}
+        return program
 
     def function(self) -> nn.Module:
         return self.export(vars(self)["_device"]).module(check_guards=False)
