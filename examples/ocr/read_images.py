@@ -1,9 +1,9 @@
 """Read the text of images in three steps, with `shardline run` between them; or all at once.
 
     python -m examples.ocr.read_images pages IMAGES WORK         writes WORK/pages/*.npy
-    shardline run ... WORK/pages --output WORK/maps              the detector
+    shardline run ... WORK/pages --output WORK/maps --format npy         the detector
     python -m examples.ocr.read_images lines IMAGES WORK         writes WORK/lines/*.npy
-    shardline run ... WORK/lines --output WORK/characters        the recogniser
+    shardline run ... WORK/lines --output WORK/characters --format npy   the recogniser
     python -m examples.ocr.read_images text IMAGES WORK --models MODELS      prints the text
 
     python -m examples.ocr.read_images reference IMAGES --models MODELS      with onnxruntime
@@ -77,7 +77,9 @@ def onnxruntime_model(file: Path) -> Model:
 def _result(folder: Path, name: str) -> Floats:
     file = folder / f"{name}.npy"
     if not file.is_file():
-        sys.exit(f"{file} is absent; write it with shardline run ... --output {folder}")
+        sys.exit(
+            f"{file} is absent; write it with shardline run ... --output {folder} --format npy"
+        )
     array: Floats = np.load(file).astype(np.float32)
     return array
 

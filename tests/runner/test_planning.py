@@ -48,7 +48,9 @@ def test_sizes_and_limits_reach_the_plan(model: Path) -> None:
 
 def test_more_sequences_need_more_room_for_logits(model: Path) -> None:
     few, many = (
-        DecoderJob.prepare(config_of(model, scheduler__max_num_seqs=n)).plan.ranks[0].activation_bytes
+        DecoderJob.prepare(config_of(model, scheduler__max_num_seqs=n))
+        .plan.ranks[0]
+        .activation_bytes
         for n in (1, 1000)
     )
     assert many > few
