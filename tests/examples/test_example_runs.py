@@ -51,8 +51,12 @@ from runner.pipeline.offline import preprocess_of
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
 TOLERANCE = 1e-4
-PIPELINES = ([1, 1, 1, 1], [1, 1], [1])
-"""The longest first: what its ranks trace side by side, the shorter ones have."""
+PIPELINES = (
+    pytest.param([1, 1, 1, 1], marks=pytest.mark.full),
+    [1, 1],
+    pytest.param([1], marks=pytest.mark.full),
+)
+"""Every process traces the model anew, which takes most of the time."""
 NUM_SCENES = 64
 MIN_MEAN_IOU = 0.85  # 0.888 on the scenes of examples/lidar/README.md
 TWO_A_BATCH = ("scheduler.max_batch_size=2", "scheduler.preferred_batch_size=null")
@@ -143,7 +147,9 @@ def photos(efficientnet: Path, tmp_path_factory: pytest.TempPathFactory) -> dict
 
 @needs_efficientnet
 @pytest.mark.parametrize(
-    "tp_sizes", [*PIPELINES, [2], pytest.param([1, 2], marks=pytest.mark.full)], ids=str
+    "tp_sizes",
+    [*PIPELINES, *(pytest.param(sizes, marks=pytest.mark.full) for sizes in ([2], [1, 2]))],
+    ids=str,
 )
 def test_every_cut_of_efficientnet_names_what_photographs_show(
     tp_sizes: list[int], rank_pool: RankPool, efficientnet: Path, photos: dict[str, Floats]
@@ -267,9 +273,10 @@ def test_every_cut_of_the_recognizer_gives_its_characters(
 @needs_ocr
 @pytest.mark.parametrize(
     ("seeds", "widths"),
-    [((4, 5), [640]), pytest.param((0, 3), [320, 640], marks=pytest.mark.full)],
+    [((4, 5), [640]), ((0, 3), [320, 640])],
     ids=["one width", "two widths"],
 )
+@pytest.mark.full
 def test_both_models_on_ranks_read_what_onnxruntime_reads(
     seeds: tuple[int, int], widths: list[int], rank_pool: RankPool, detector: Example, ocr: Path
 ) -> None:

@@ -126,7 +126,7 @@ def test_shards_of_a_transformer_run_from_a_bundle(
 
 
 @pytest.mark.parametrize(
-    "backend", ["inductor", pytest.param("auto", marks=pytest.mark.full)], ids=str
+    "backend", [pytest.param(name, marks=pytest.mark.full) for name in ("inductor", "auto")]
 )
 def test_stages_compiled_by_inductor_run_from_a_bundle(
     backend: str, net: Model, rank_pool: RankPool, tmp_path: Path
