@@ -14,8 +14,10 @@ from runner.config.section import Count, DeviceIndex, Section, Text
 TP_STYLES = (
     "colwise",
     "colwise_gather_output",
+    "colwise_rep",
     "rowwise",
     "rowwise_split_input",
+    "rowwise_rep",
     "embedding_rowwise",
     "embedding_colwise",
     "heads",

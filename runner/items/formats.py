@@ -34,7 +34,9 @@ def check_format(chosen: str, outputs: Sequence[ArraySpec]) -> None:
         names = ", ".join(spec.name for spec in outputs)
         raise ConfigError(f"format npy holds one output, the model has {names}; use --format npz")
     if chosen == "json":
-        _check_json_size(sum(math.prod(size or 1 for size in spec.shape) for spec in outputs))
+        num_values = sum(math.prod(size or 1 for size in spec.shape) for spec in outputs)
+        if problem := _json_problem(num_values):
+            raise ConfigError(problem)
 
 
 def encode(chosen: Format, item: Item, outputs: Mapping[str, Array], stream: IO[bytes]) -> None:
@@ -44,8 +46,7 @@ def encode(chosen: Format, item: Item, outputs: Mapping[str, Array], stream: IO[
     {name: {"dtype": ..., "shape": [...], "data": nested lists}}}. Equal outputs make equal bytes.
 
     Raises:
-        ConfigError: too many values for JSON.
-        ItemError: NaN or infinity, which JSON does not have.
+        ItemError: too many values for JSON, or NaN or infinity, which JSON does not have.
     """
     if chosen == "npy":
         (array,) = outputs.values()
@@ -60,7 +61,8 @@ def encode(chosen: Format, item: Item, outputs: Mapping[str, Array], stream: IO[
 
 
 def _as_json(item: Item, outputs: Mapping[str, Array]) -> str:
-    _check_json_size(sum(array.size for array in outputs.values()))
+    if problem := _json_problem(sum(array.size for array in outputs.values())):
+        raise item.error(problem)
     described = {
         name: {"dtype": str(array.dtype), "shape": array.shape, "data": array.tolist()}
         for name, array in outputs.items()
@@ -73,9 +75,10 @@ def _as_json(item: Item, outputs: Mapping[str, Array]) -> str:
         ) from error
 
 
-def _check_json_size(num_values: int) -> None:
-    if num_values > MAX_JSON_VALUES:
-        raise ConfigError(
-            f"the outputs of an item have {num_values} values, format json holds up to "
-            f"{MAX_JSON_VALUES}; use --format npz"
-        )
+def _json_problem(num_values: int) -> str:
+    if num_values <= MAX_JSON_VALUES:
+        return ""
+    return (
+        f"the outputs of an item have {num_values} values, format json holds up to "
+        f"{MAX_JSON_VALUES}; use --format npz"
+    )

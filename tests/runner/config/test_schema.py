@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
+from parallel.styles import REPLICATE, STYLES
 from runner.config.fields import field_at, section_of, walk
 from runner.config.model_schema import ModelConfig
 from runner.config.parallel_schema import TP_STYLES, ParallelConfig, StageConfig
@@ -293,3 +294,7 @@ def test_json_schema_holds_limits_and_refuses_unknown_keys() -> None:
     utilization = schema["$defs"]["KVCacheConfig"]["properties"]["gpu_memory_utilization"]
     assert (utilization["exclusiveMinimum"], utilization["maximum"]) == (0, 1)
     assert schema["$defs"]["ModelConfig"]["properties"]["dtype"]["default"] == "auto"
+
+
+def test_the_styles_are_those_that_layers_are_split_by() -> None:
+    assert set(TP_STYLES) == {*STYLES, REPLICATE}

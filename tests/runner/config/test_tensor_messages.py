@@ -11,7 +11,7 @@ from runner.config.load import load
 HEAD = "version: 1\nmodel: {path: m}\n"
 IMAGE = "[{name: image, shape: [batch, 3, height]}]"
 STYLES = (
-    "colwise, colwise_gather_output, rowwise, rowwise_split_input, "
+    "colwise, colwise_gather_output, colwise_rep, rowwise, rowwise_split_input, rowwise_rep, "
     "embedding_rowwise, embedding_colwise, heads, replicate"
 )
 

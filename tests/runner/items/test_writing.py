@@ -16,7 +16,7 @@ from processes import ROOT
 
 from parallel.errors import ConfigError, InternalError, PreflightError
 from runner.items.formats import MAX_JSON_VALUES, Format
-from runner.items.item import Item
+from runner.items.item import Item, ItemError
 from runner.items.spec import ArraySpec
 from runner.items.writing import OutputFolder, open_output_folder
 
@@ -96,7 +96,7 @@ def test_formats_that_cannot_hold_the_outputs(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
     with opened(tmp_path / "out", "json", MASK) as output:
         wide = {"mask": np.zeros((2, MAX_JSON_VALUES), dtype=bool)}
-        with pytest.raises(ConfigError, match="200000 values"):
+        with pytest.raises(ItemError, match="200000 values"):
             output.write(A, wide)
 
 
@@ -240,7 +240,7 @@ WRITE = """
 import sys
 from pathlib import Path
 import numpy as np
-from runner.items.item import Item
+from runner.items.item import Item, ItemError
 from runner.items.spec import ArraySpec
 from runner.items.writing import open_output_folder
 items = [Item(f"sub{i % 3}/{i}", Path("in")) for i in range(50)]
