@@ -20,7 +20,7 @@ TENSORS = (MATRIX, NORM, WHOLE_BIAS, SPLIT_BIAS, PADDED, EMPTY)
 
 def draw(tp_rank: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, torch.Tensor]:
     heads = HeadShare((0, 1), (0, 1), (0,))
-    plan = DecoderRankPlan(tp_rank, 0, tp_rank, tp_rank, heads, (0, 1), (0, 1), TENSORS, 0, 0, 0)
+    plan = DecoderRankPlan(tp_rank, 0, tp_rank, tp_rank, TENSORS, 0, 0, heads, (0, 1), (0, 1), 0)
     return dict(random_weights(plan, dtype=dtype, device=CPU))
 
 

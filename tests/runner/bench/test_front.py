@@ -113,7 +113,7 @@ def test_a_round_that_has_not_begun_has_no_prefill(steps: list[Step]) -> None:
 
 
 def test_sequences_must_fit_the_length() -> None:
-    plan = DecoderPlan("", "float32", 12, 64, (1,), (0,), (), ())
+    plan = DecoderPlan("decoder", "", "float32", (1,), (0,), (), (), 12, 64)
     Workload(1, 8, 4).check(plan)
     with pytest.raises(ConfigError, match="sequences of 13 tokens, but max_model_len=12"):
         Workload(1, 8, 5).check(plan)

@@ -114,7 +114,9 @@ def test_what_rank_0_raises_beside_the_pipeline_ends_all_ranks(
 def test_nobody_waits_on_when_the_pipeline_breaks() -> None:
     raised, answers = graph_jobs.raise_in_stage(CASES["fails"], bad=1)
     assert raised == "IndexError"
-    assert answers == ["NoneType", *["RankLostError"] * 3]
+    # The first batch was good; whether its result was back in time is nobody's promise.
+    assert answers[0] in {"NoneType", "RankLostError"}
+    assert answers[1:] == ["RankLostError"] * 3
 
 
 def test_a_broken_pipeline_takes_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
