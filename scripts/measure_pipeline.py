@@ -1,7 +1,9 @@
 """Measure on the CPU: a balanced model as two stages on two cores, beside one stage on one core.
 
 One thread a rank. Both run in turn, several times, and the fastest run of each counts: whatever
-else the machine does can only slow a run down. Prints a table for people and, last, a JSON object.
+else the machine does can only slow a run down. Then requests come to the two stages through dynamic
+batching, at twice and at half of what they can do. Prints tables for people and, last, a JSON
+object.
 """
 
 import json
@@ -30,6 +32,8 @@ RUNS = 10
 
 NUM_BATCHES = 30
 
+LOADED_S = 10.0
+
 
 def measure(pool: RankPool) -> dict[int, list[PipelineReport]]:
     """Runs of one stage and of two, in turn."""
@@ -54,6 +58,26 @@ def row(reports: list[PipelineReport]) -> dict[str, Any]:
     }
 
 
+def load_rows(report: graph_jobs.LoadReport) -> list[dict[str, Any]]:
+    """What dynamic batching did at each rate."""
+    policy = graph_jobs.LOAD_POLICY
+    return [
+        {
+            "rate": name,
+            "requests": counts.submitted,
+            "refused": counts.rejected,
+            "mean_batch": round(counts.mean_batch_size, 1),
+            "max_batch": policy.max_batch_size,
+            "cut_because": " ".join(f"{why}:{count}" for why, count in counts.by_reason.items()),
+            "wait_p50_ms": round(1e3 * counts.wait_p50_s, 1),
+            "wait_p99_ms": round(1e3 * counts.wait_p99_s, 1),
+            "delay_ms": policy.max_queue_delay_ms,
+            "batch_p50_ms": round(1e3 * counts.batch_p50_s, 1),
+        }
+        for name, counts in (("twice", report.twice), ("half", report.half))
+    ]
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     names = list(rows[0])
     cells = [names, *([str(row[name]) for name in names] for row in rows)]
@@ -70,6 +94,7 @@ def main() -> None:
         pool = RankPool(2, Path(folder))
         try:
             rows = [row(reports) for reports in measure(pool).values()]
+            load = pool.run(graph_jobs.under_load, [1, 1], LOADED_S)[0]
         finally:
             pool.close()
     result = {
@@ -81,8 +106,11 @@ def main() -> None:
         "ratio": round(rows[1]["batches_per_s"] / rows[0]["batches_per_s"], 2),
         "ratio_of_medians": round(rows[1]["median"] / rows[0]["median"], 2),
         "rows": rows,
+        "requests_per_s": [round(rate) for rate in load.capacity],
+        "load": load_rows(load),
     }
-    print(table(rows), end="\n\n")
+    for found in (rows, result["load"]):
+        print(table(found), end="\n\n")
     print(json.dumps(result))
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from apply_jobs import TEXT_PLAN, VISION_PLAN, Text, Vision
+from batch_load import BatchLoad
 from graph_models import Mlp, UNet
 from torch import nn
 from torch.utils import _pytree as pytree
@@ -21,6 +22,8 @@ from runner.config.schema import RunnerConfig
 from runner.graph_planning import GraphJob
 from runner.items.listing import list_items
 from runner.items.writing import open_output_folder
+from runner.pipeline.batch_metrics import BatchSnapshot
+from runner.pipeline.batching_policy import BatchingPolicy
 from runner.pipeline.buckets import Buckets
 from runner.pipeline.check import check_sharded
 from runner.pipeline.loading import load_worker
@@ -344,6 +347,53 @@ def throughput(
         report = run_worker(job, worker, context, use if context.rank == 0 else None)
         reports += [report] if report else []
     return reports[1:]
+
+
+LOAD_POLICY = BatchingPolicy(max_batch_size=16, max_queue_delay_ms=8, max_queue_size=320)
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What the batches of `BALANCED` were.
+
+    Attributes:
+        capacity: requests a second, slowest round first.
+        twice: at twice the best of them.
+        half: at half the worst of them.
+    """
+
+    capacity: list[float]
+    twice: BatchSnapshot
+    half: BatchSnapshot
+
+
+def under_load(context: ParallelContext, seconds: float) -> LoadReport | None:
+    """Dynamic batching in front of `BALANCED`; known on rank 0."""
+    size = LOAD_POLICY.max_batch_size
+    buckets = {"compile": {"buckets": [1, 2, 4, 8, size]}}
+    job = make_job(
+        BALANCED, context.topology.tp_sizes, scheduler={"max_batch_size": size}, **buckets
+    )
+    worker = load_worker(job, context)
+    ((sample,),) = make_samples(job, [(0, 1)])
+    key = tuple(tuple(tensor.shape) for tensor in sample)
+    found: list[LoadReport] = []
+
+    def use(pipeline: Pipeline) -> None:
+        sizes = Buckets.of(job.plan)
+
+        def execute(_: object, samples: list[Sample]) -> Future[list[Outputs]]:
+            return pipeline.submit(sizes.choose(key, len(samples)), samples)
+
+        in_flight = len(job.plan.stages) + 1
+        load = BatchLoad(LOAD_POLICY, execute, key, sample, max_in_flight=in_flight)
+        load.capacities(1)
+        rates = load.capacities()
+        twice, half = load.send_at(2 * rates[-1], seconds), load.send_at(0.5 * rates[0], seconds)
+        found.append(LoadReport(rates, twice, half))
+
+    run_worker(job, worker, context, use if context.rank == 0 else None)
+    return found[0] if found else None
 
 
 def relay(

@@ -4,21 +4,18 @@ Everything is compared with what the same machine did in the same second. Other 
 go, so a trial that fails is repeated once.
 """
 
-import time
 from collections.abc import Callable, Hashable, Iterator
-from concurrent.futures import wait
 
+import graph_jobs
 import pytest
 import torch
+from batch_load import BatchLoad
+from rank_pool import RankPool
 
-from runner.pipeline.batch_metrics import BatchMetrics, BatchSnapshot
-from runner.pipeline.batch_service import BatchService
-from runner.pipeline.batcher import QueueFullError
+from runner.pipeline.batch_metrics import BatchSnapshot
 from runner.pipeline.batching_policy import BatchingPolicy
 
-PATIENCE_S = 20.0
 LOAD_POLICY = BatchingPolicy(16, 8.0, 160)
-LOADED_S = 1.0
 SLACK_S = 0.02
 """A busy machine of two cores may wake a thread this much too late."""
 
@@ -47,33 +44,8 @@ class Heavy:
         return list(x)
 
 
-def capacities(heavy: Heavy) -> list[float]:
-    """Requests a second that the service answers when every batch is full; slowest round first."""
-    num_requests = LOAD_POLICY.max_queue_size
-    rates = []
-    for _ in range(3):
-        with BatchService(LOAD_POLICY, heavy, BatchMetrics()) as service:
-            start = time.perf_counter()
-            answers = [service.submit("a", heavy.item) for _ in range(num_requests)]
-            wait(answers, PATIENCE_S)
-            rates.append(num_requests / (time.perf_counter() - start))
-    return sorted(rates)
-
-
-def send_at(rate: float, heavy: Heavy) -> BatchSnapshot:
-    """Requests at even intervals for `LOADED_S`, whether or not earlier ones are answered."""
-    metrics = BatchMetrics()
-    start = time.perf_counter()
-    with BatchService(LOAD_POLICY, heavy, metrics) as service:
-        for number in range(int(rate * LOADED_S)):
-            ahead_s = start + number / rate - time.perf_counter()
-            if ahead_s > 0:
-                time.sleep(ahead_s)
-            try:
-                service.submit("a", heavy.item)
-            except QueueFullError:
-                continue
-    return metrics.snapshot()
+def load(heavy: Heavy) -> BatchLoad:
+    return BatchLoad(LOAD_POLICY, heavy, "a", heavy.item)
 
 
 def twice(trial: Callable[[], str | None]) -> None:
@@ -84,28 +56,37 @@ def twice(trial: Callable[[], str | None]) -> None:
     assert problem is None, problem
 
 
+def batches_are_large(counts: BatchSnapshot, policy: BatchingPolicy) -> str | None:
+    assert counts.completed == counts.submitted
+    assert counts.by_reason["full"] == counts.by_size[policy.max_batch_size]
+    is_large = counts.mean_batch_size > 0.6 * policy.max_batch_size
+    return None if is_large else f"the mean batch is {counts.mean_batch_size:.1f}: {counts}"
+
+
+def waits_are_short(counts: BatchSnapshot, policy: BatchingPolicy) -> str | None:
+    assert counts.completed == counts.submitted
+    assert counts.by_reason["delay"] > 0, counts
+    limit_s = policy.max_queue_delay_ms / 1000 + counts.batch_max_s + SLACK_S
+    is_prompt = counts.rejected == 0 and counts.wait_p99_s <= limit_s
+    return None if is_prompt else f"p99 {counts.wait_p99_s:.4f} s > {limit_s:.4f} s: {counts}"
+
+
 def test_at_twice_the_capacity_batches_are_large() -> None:
-    heavy = Heavy()
-
-    def trial() -> str | None:
-        counts = send_at(2 * capacities(heavy)[-1], heavy)
-        assert counts.completed == counts.submitted
-        assert counts.by_reason["full"] == counts.by_size[LOAD_POLICY.max_batch_size]
-        is_large = counts.mean_batch_size > 0.6 * LOAD_POLICY.max_batch_size
-        return None if is_large else f"the mean batch is {counts.mean_batch_size:.1f}: {counts}"
-
-    twice(trial)
+    heavy = load(Heavy())
+    twice(lambda: batches_are_large(heavy.send_at(2 * heavy.capacities()[-1], 1), LOAD_POLICY))
 
 
 def test_at_half_the_capacity_nobody_waits_longer_than_the_delay_and_a_batch() -> None:
-    heavy = Heavy()
+    heavy = load(Heavy())
+    twice(lambda: waits_are_short(heavy.send_at(0.5 * heavy.capacities()[0], 1), LOAD_POLICY))
+
+
+@pytest.mark.full
+def test_a_pipeline_of_two_stages_under_load(rank_pool: RankPool) -> None:
+    policy = graph_jobs.LOAD_POLICY
 
     def trial() -> str | None:
-        counts = send_at(0.5 * capacities(heavy)[0], heavy)
-        assert counts.completed == counts.submitted
-        assert counts.by_reason["delay"] > 0, counts
-        limit_s = LOAD_POLICY.max_queue_delay_ms / 1000 + counts.batch_max_s + SLACK_S
-        is_prompt = counts.rejected == 0 and counts.wait_p99_s <= limit_s
-        return None if is_prompt else f"p99 {counts.wait_p99_s:.4f} s > {limit_s:.4f} s: {counts}"
+        found = rank_pool.run(graph_jobs.under_load, [1, 1], 2.0)[0]
+        return batches_are_large(found.twice, policy) or waits_are_short(found.half, policy)
 
     twice(trial)
