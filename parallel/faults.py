@@ -7,9 +7,15 @@ import torch.distributed as dist
 
 from parallel.errors import DoesNotFitError, RankLostError, ShardlineError, StalledError
 
-_LATE = ("Timed out waiting", "Watchdog caught collective operation timeout", "wait timeout after")
+_LATE = {
+    "Timed out waiting": "collective_timeout_s",
+    "Watchdog caught collective operation timeout": "collective_timeout_s",
+    "wait timeout after": "init_timeout_s",
+}
+"""How gloo, NCCL and the store word it that another rank is late: which limit it passed."""
+
 _GONE = ("Connection closed by peer", "Connection reset", "Broken pipe", "Connection refused")
-"""How gloo, NCCL and the store word it that another rank is late, or gone."""
+"""The same of one that is gone."""
 
 _SOURCE_PLACE = re.compile(r"^\[[^]]*\.(cc|cpp|h):\d+\]\s*")
 
@@ -27,7 +33,10 @@ def as_rank_error(error: Exception, doing: str) -> ShardlineError:
             f"out of GPU memory while {doing}; use more ranks, a lower --max-model-len, "
             "scheduler.max_num_batched_tokens or kv_cache.gpu_memory_utilization"
         )
-    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in _LATE):
-        return StalledError(message)
+    limits = [limit for sign, limit in _LATE.items() if sign in str(error)]
+    if isinstance(error, RuntimeError) and limits:
+        return StalledError(
+            f"{message}; if no rank hangs, a step is slower than distributed.{limits[0]} allows"
+        )
     gone = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _GONE)
     return RankLostError(message, peer=gone or isinstance(error, dist.DistError))

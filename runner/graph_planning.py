@@ -59,6 +59,11 @@ class GraphJob(Job):
         from parallel.graph_planner import CutRequest, make_graph_plan
 
         parallel = config.parallel
+        if parallel.tp_plan and config.model.resolved_format == "onnx":
+            raise ConfigError(
+                "parallel.tp_plan: ONNX graphs are not split; cut the model into pipeline stages "
+                "instead: parallel.pipeline_parallel_size"
+            )
         traced: Traced = {}
         plan = make_graph_plan(
             model.module,
@@ -85,7 +90,7 @@ class GraphJob(Job):
 
     @property
     def source_files(self) -> tuple[Path, ...]:
-        """What the weights are read from; none where they are random, or in a bundle."""
+        """What the model was read from; none where it runs from a bundle."""
         return self.model.files if self.model else ()
 
 

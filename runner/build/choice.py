@@ -45,7 +45,8 @@ class Chooser:
         """Make the artefacts of a segment that are not there yet, and choose one.
 
         Raises:
-            UnsupportedSegmentError: the backend that was named cannot compile it.
+            UnsupportedSegmentError: the backend that was named cannot compile it, or of several
+                none computes what it computes.
             PreflightError: the backend that was named is not usable here.
         """
         started = time.monotonic()
@@ -72,7 +73,7 @@ class Chooser:
         if len(self.backends) > 1:
             candidates = self._measured(segment, candidates)
             reason = "fastest of those that pass"
-        chosen = min(candidates, key=lambda c: (not c.key, c.parity is False, c.microseconds or 0))
+        chosen = _fastest(segment, candidates)
         return Built.of(
             work,
             program,
@@ -110,6 +111,15 @@ class Chooser:
             parity=passes,
             note="" if passes else f"error {ratio:.1f} times that of eager",
         )
+
+
+def _fastest(segment: Segment, candidates: Sequence[Candidate]) -> Candidate:
+    """Raises UnsupportedSegmentError: none computes what the segment computes."""
+    passing = [c for c in candidates if c.key and c.parity is not False]
+    if not passing:
+        notes = "; ".join(f"{c.backend}: {c.note}" for c in candidates)
+        raise UnsupportedSegmentError(f"{segment.kind}: no backend can run it ({notes})")
+    return min(passing, key=lambda c: c.microseconds or 0)
 
 
 class _RefusalError(Exception):

@@ -66,8 +66,6 @@ class GraphRecipe:
         """Those of the plan, which is about the largest bucket, and then what others hold besides:
         constants of their shapes.
         """
-        if not self.source_files:
-            return
         programs = self.programs[rank]
         weights = dict(weights_of(self.job, rank, programs, device=torch.device("cpu")))
         made_from = hashlib.sha256(f"{source} {_digest_of_buffers(programs)}".encode())
@@ -130,12 +128,9 @@ class GraphRecipe:
     def _as_run(
         self, context: ParallelContext, builder: BundleBuilder
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        """A rank's weights on its device, from the bundle where that holds any."""
-        if self.source_files:
-            file = builder.folder / layout.weights_file(context.rank)
-            return read_weights(file, device=context.device)
-        programs = self.programs[context.rank]
-        return weights_of(self.job, context.rank, programs, device=context.device)
+        """A rank's weights on its device, from the bundle."""
+        file = builder.folder / layout.weights_file(context.rank)
+        return read_weights(file, device=context.device)
 
 
 def _identity(segment: Segment) -> Any:

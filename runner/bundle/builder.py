@@ -84,7 +84,7 @@ class BundleBuilder:
         builder._overwrite = overwrite
         with writing(builder.out):
             builder.out.parent.mkdir(parents=True, exist_ok=True)
-        with exclusive(layout.lock_of(builder.out)):
+        with exclusive(layout.lock_of(builder.out), writer="compile", written="bundle"):
             finish_replacement(builder.out)
             check_target(builder.out, overwrite=overwrite)
             with writing(builder.folder):

@@ -7,16 +7,21 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from parallel.errors import PreflightError
+from runner.bundle.durable import writing
 
 
 @contextmanager
-def exclusive(path: Path) -> Iterator[None]:
+def exclusive(path: Path, *, writer: str, written: str) -> Iterator[None]:
     """Hold `path` locked; the kernel frees it if this process is killed.
 
+    Args:
+        writer, written: such as "compile" and "bundle"; for the message.
+
     Raises:
-        PreflightError: another process holds it, or the file system knows no locks.
+        PreflightError: another process holds it, the file system knows no locks, or `path` cannot
+            be written.
     """
-    descriptor = _acquire(path)
+    descriptor = _acquire(path, writer, written)
     try:
         os.ftruncate(descriptor, 0)
         os.write(descriptor, str(os.getpid()).encode())
@@ -27,17 +32,18 @@ def exclusive(path: Path) -> Iterator[None]:
         os.close(descriptor)
 
 
-def _acquire(path: Path) -> int:
+def _acquire(path: Path, writer: str, written: str) -> int:
     while True:
-        descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        with writing(path):
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             holder = os.read(descriptor, 32).decode(errors="replace") or "unknown"
             os.close(descriptor)
             raise PreflightError(
-                f"{path}: another compile (process {holder}) writes this bundle; wait until it "
-                f"ends, or name another folder"
+                f"{path}: another {writer} (process {holder}) writes this {written}; wait until "
+                f"it ends, or name another folder"
             ) from None
         except OSError as error:
             os.close(descriptor)

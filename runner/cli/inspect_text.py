@@ -55,7 +55,7 @@ def _source(bundle: Bundle) -> str:
     if not source:
         return "random weights, which it does not hold"
     size = format_bytes(sum(file.size for file in source.values()))
-    return f"{plural(len(source), 'weight file')}, {size}"
+    return f"{plural(len(source), 'file')}, {size}"
 
 
 def _rank_row(bundle: Bundle, rank: RankPlan) -> list[str]:
@@ -115,9 +115,11 @@ def _parity(parity: dict[str, Any]) -> str:
     details = [
         f"{name} {value}"
         for name, value in sorted(parity.items())
-        if name != "passed" and value and not isinstance(value, dict | list)
+        if name not in ("passed", "reason") and value and not isinstance(value, dict | list)
     ]
-    return ", ".join([f"Parity: {'passed' if parity['passed'] else 'FAILED'}", *details])
+    reason = f": {parity['reason']}" if parity.get("reason") else ""
+    outcome = "passed" if parity["passed"] else f"NOT PASSED{reason}"
+    return ", ".join([f"Parity: {outcome}", *details])
 
 
 def _totals(bundle: Bundle) -> str:

@@ -83,8 +83,11 @@ def run_job(job: "DecoderJob", make_front: Callable[[], FrontT]) -> FrontT | Non
     return on_ranks(job.plan.topology, run)
 
 
-def run_graph_job(job: "GraphJob", use: "Use") -> "PipelineReport | None":
+def run_graph_job(job: "GraphJob", make_use: "Callable[[], Use]") -> "PipelineReport | None":
     """Run a tensor model to the end of what rank 0 does with it.
+
+    Args:
+        make_use: makes rank 0's own work; called where `make_front` of `run_job` is.
 
     Returns:
         What was done, in the process that was rank 0; None in every other.
@@ -95,13 +98,16 @@ def run_graph_job(job: "GraphJob", use: "Use") -> "PipelineReport | None":
     from parallel.launch import adopt
 
     env = adopt()
-    if env is None or (env.rank == 0 and env.report_fd is None):
-        _say_what_runs(job)
+    use = None
+    if env is None or env.rank == 0:
+        use = make_use()
+        if env is None or env.report_fd is None:
+            _say_what_runs(job)
 
     def run(env: "RankEnv") -> "PipelineReport | None":
         from runner.pipeline.rank import run_graph_rank
 
-        return run_graph_rank(job, env, use if env.rank == 0 else None)
+        return run_graph_rank(job, env, use)
 
     return on_ranks(job.plan.topology, run)
 

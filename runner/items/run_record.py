@@ -6,15 +6,15 @@ Not here: the results (`writing`), and the bad items (`failures`).
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from parallel.errors import ConfigError, IntegrityError
 from runner.bundle.durable import rename
 from runner.config.json_file import read_json_object
-from runner.items.folder_lock import LOCK
 
+LOCK = ".lock"
 RECORD = "run.json"
 PARTIAL = ".partial"
 """How a file's name ends, after a dot at its beginning, until it is whole."""
@@ -23,6 +23,21 @@ PARTIAL = ".partial"
 def partial_of(path: Path) -> Path:
     """What a file is called until it is whole; in the same folder, so that it can be renamed."""
     return path.with_name(f".{path.name}{PARTIAL}")
+
+
+def check_run(folder: Path, settings: Callable[[], Mapping[str, Any]], *, overwrite: bool) -> None:
+    """Look whether `begin_run` would take a folder; nothing is written.
+
+    Args:
+        settings: asked for only where the folder is of a run already.
+
+    Raises:
+        ConfigError: the folder has results of other settings, or is no folder of a run.
+    """
+    if not (folder / RECORD).exists():
+        _refuse_strange_folder(folder)
+    elif not overwrite:
+        _refuse_other_settings(folder, json.loads(json.dumps(dict(settings()))))
 
 
 def begin_run(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
@@ -36,16 +51,13 @@ def begin_run(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> 
         ConfigError: the folder has results of other settings, or is no folder of a run.
     """
     record = folder / RECORD
-    text = json.dumps(dict(settings), indent=2)
-    if not record.exists():
-        _refuse_strange_folder(folder)
-    elif overwrite:
+    check_run(folder, lambda: settings, overwrite=overwrite)
+    if record.exists():
+        if not overwrite:
+            return
         _empty(folder)
-    else:
-        _refuse_other_settings(folder, json.loads(text))
-        return
     aside = partial_of(record)
-    aside.write_text(text + "\n", encoding="utf-8")
+    aside.write_text(json.dumps(dict(settings), indent=2) + "\n", encoding="utf-8")
     rename(aside, record)
 
 

@@ -4,7 +4,7 @@ A result under its final name is on the disk and is not written again, so a run 
 goes on with the items that have none.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +12,18 @@ from typing import Any
 
 from parallel.errors import ConfigError, InternalError
 from runner.bundle.durable import rename, writing
+from runner.bundle.lock import exclusive
 from runner.items.failures import Failures
-from runner.items.folder_lock import hold_folder
 from runner.items.formats import Format, check_format, encode
 from runner.items.item import Item, ItemError
-from runner.items.run_record import RECORD, begin_run, partial_of, remove_partial_files
+from runner.items.run_record import (
+    LOCK,
+    RECORD,
+    begin_run,
+    check_run,
+    partial_of,
+    remove_partial_files,
+)
 from runner.items.spec import Array, ArraySpec
 
 
@@ -100,6 +107,29 @@ class OutputFolder:
         return Summary(len(items) - len(left), failed, len(left) - len(failed))
 
 
+def check_output_folder(
+    folder: Path,
+    outputs: Sequence[ArraySpec],
+    *,
+    chosen: Format,
+    settings: Callable[[], Mapping[str, Any]],
+    overwrite: bool = False,
+) -> None:
+    """Look whether `open_output_folder` would take a folder, before anything is loaded for it.
+
+    Args:
+        settings: asked for only where the folder is of a run already.
+
+    Raises:
+        ConfigError: as there.
+    """
+    check_format(chosen, outputs)
+    if folder.is_dir():
+        check_run(folder, lambda: _described(settings(), chosen, outputs), overwrite=overwrite)
+    elif folder.exists():
+        raise ConfigError(f"{folder} is a file; name a folder that is empty or not there yet")
+
+
 @contextmanager
 def open_output_folder(
     folder: Path,
@@ -121,15 +151,20 @@ def open_output_folder(
         ConfigError: the format cannot hold the outputs, or the folder is of something else.
         PreflightError: another run writes this folder, or it cannot be written.
     """
-    check_format(chosen, outputs)
-    if folder.exists() and not folder.is_dir():
-        raise ConfigError(f"{folder} is a file; name a folder that is empty or not there yet")
+    check_output_folder(
+        folder, outputs, chosen=chosen, settings=lambda: settings, overwrite=overwrite
+    )
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    with hold_folder(folder):
-        described = {"format": chosen, "outputs": [str(spec) for spec in outputs]}
+    with exclusive(folder / LOCK, writer="run", written="folder"):
         with writing(folder):
-            begin_run(folder, {**settings, **described}, overwrite=overwrite)
+            begin_run(folder, _described(settings, chosen, outputs), overwrite=overwrite)
             remove_partial_files(folder)
             Failures(folder).cut_torn_line()
         yield OutputFolder(folder, chosen, outputs)
+
+
+def _described(
+    settings: Mapping[str, Any], chosen: Format, outputs: Sequence[ArraySpec]
+) -> dict[str, Any]:
+    return {**settings, "format": chosen, "outputs": [str(spec) for spec in outputs]}

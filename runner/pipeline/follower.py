@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 from concurrent.futures import Future
+from contextlib import AbstractContextManager, nullcontext
 from queue import SimpleQueue
 from threading import Thread
 
@@ -99,12 +100,11 @@ class _Ahead:
 
     def _run(self) -> None:
         try:
-            if self._worker.device.type == "cuda":
-                torch.cuda.set_device(self._worker.device)
-            header = Header(Order.REST)
-            while header.order is not Order.LEAVE:
-                header = self._relay.receive_header()
-                self._arrived.put((header, list(self._receive(header))))
+            with _stream_of_its_own(self._worker.device):
+                header = Header(Order.REST)
+                while header.order is not Order.LEAVE:
+                    header = self._relay.receive_header()
+                    self._arrived.put((header, list(self._receive(header))))
         # The main thread raises it.
         except Exception as error:
             self._arrived.put(error)
@@ -117,6 +117,13 @@ class _Ahead:
         self._relay.finish(header.slot)
         buffers = self._worker.received(header.bucket, header.slot)
         return self._relay.begin_receive(buffers.values())
+
+
+def _stream_of_its_own(device: torch.device) -> AbstractContextManager[object]:
+    """On the compute stream of a GPU a receive would begin after all that is queued there."""
+    if device.type != "cuda":
+        return nullcontext()
+    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call]
 
 
 class _ResultSender:

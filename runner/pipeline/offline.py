@@ -120,22 +120,21 @@ def preprocess_of(config: RunnerConfig) -> Preprocess:
 class OfflineRun:
     """Computes the items that have no result yet."""
 
-    def __init__(
-        self, config: RunnerConfig, plan: GraphPlan, items: Sequence[Item], folder: OutputFolder
-    ) -> None:
+    def __init__(self, config: RunnerConfig, plan: GraphPlan, items: Sequence[Item]) -> None:
+        """Raises ConfigError: sizes that contradict one another, windows that fit no input."""
         self._config = config
         self._plan = plan
         self._items = items
-        self._folder = folder
         self._inputs = Inputs.of(config, plan)
+        self._policy = self._make_policy()
         self._buckets = Buckets.of(plan)
         self._reading = Semaphore(_READERS)
         self._metrics = BatchMetrics()
         self._service: BatchService[Sample, list[torch.Tensor]] | None = None
 
-    def use(self, pipeline: Pipeline) -> None:
-        """Compute all items; see `runner.pipeline.rank.Use`."""
-        remaining = self._folder.remaining(self._items)
+    def use(self, pipeline: Pipeline, folder: OutputFolder) -> None:
+        """Compute what the folder lacks; see `runner.pipeline.rank.Use`."""
+        remaining = folder.remaining(self._items)
         done = len(self._items) - len(remaining)
 
         def execute(key: Any, samples: list[Sample]) -> Future[list[list[torch.Tensor]]]:
@@ -144,12 +143,12 @@ class OfflineRun:
         stages = len(self._plan.stages)
         with (
             BatchService(
-                self._policy(), execute, self._metrics, max_in_flight=stages + 1
+                self._policy, execute, self._metrics, max_in_flight=stages + 1
             ) as self._service,
             ThreadPoolExecutor(self._window(stages), thread_name_prefix="item") as threads,
             ItemProgress(len(self._items), done) as progress,
         ):
-            futures = [threads.submit(self._compute, item) for item in remaining]
+            futures = [threads.submit(self._compute, item, folder) for item in remaining]
             try:
                 for future in as_completed(futures):
                     progress.advance(failed=future.result() is not None)
@@ -162,7 +161,7 @@ class OfflineRun:
         """What the batches were."""
         return self._metrics.snapshot()
 
-    def _policy(self) -> BatchingPolicy:
+    def _make_policy(self) -> BatchingPolicy:
         """Of items that are on the disk none is refused, so the queue holds one item at least."""
         scheduler = self._config.scheduler
         return BatchingPolicy(
@@ -183,15 +182,15 @@ class OfflineRun:
         tiling = self._inputs.tiling
         return tiling.sw_batch_size * (len(self._plan.stages) + 1) if tiling else 1
 
-    def _compute(self, item: Item) -> ItemError | None:
+    def _compute(self, item: Item, folder: OutputFolder) -> ItemError | None:
         """One item from its file to its result; why not, if it is the item's fault."""
         try:
             with self._reading:
                 arrays = read_item(item, self._inputs.specs, self._inputs.preprocess)
             outputs = self._tiled(item, arrays) if self._inputs.tiling else self._run(item, arrays)
-            self._folder.write(item, outputs)
+            folder.write(item, outputs)
         except ItemError as error:
-            self._folder.record_failure(item, error)
+            folder.record_failure(item, error)
             return error
         return None
 

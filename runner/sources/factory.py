@@ -5,11 +5,13 @@ Importing a user's package runs its code: nothing is imported before the referen
 """
 
 import importlib
+import inspect
 import logging
 import re
 import sys
 from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -66,6 +68,18 @@ def open_factory(
         module = _build(reference, factory, arguments)
         assign_state_dict(module, state, file=weights)
     return _finished(module)
+
+
+def code_file(reference: str) -> Path | None:
+    """The file that a factory which was opened is written in; None: it is in no file of its own."""
+    name, _, path = reference.partition(":")
+    module = sys.modules[name]
+    factory = attrgetter(path)(module)
+    try:
+        found = inspect.getsourcefile(inspect.unwrap(factory))
+    except TypeError:  # an object that can be called, such as a partial
+        found = getattr(module, "__file__", None)
+    return Path(found) if found and Path(found).is_file() else None
 
 
 def _check_reference(reference: str, allowed: Collection[str]) -> None:

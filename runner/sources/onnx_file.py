@@ -33,6 +33,17 @@ def read_onnx(path: Path) -> "onnx.ModelProto":
         raise IntegrityError(f"{path}: its weights cannot be read ({error})") from None
 
 
+def files_of(path: Path) -> tuple[Path, ...]:
+    """The file, and those beside it that hold its weights."""
+    locations = {
+        entry.value
+        for tensor in _tensors(_read_header(path).graph)
+        for entry in tensor.external_data
+        if entry.key == "location"
+    }
+    return (path, *(path.parent / location for location in sorted(locations)))
+
+
 def input_names(path: Path) -> list[str]:
     """The graph's inputs, in its order, without those that have a value in the file."""
     graph = _read_header(path).graph

@@ -18,7 +18,7 @@ class TensorModel:
         module: in evaluation mode, on the CPU, its floating-point tensors in `dtype`.
         architecture: what to call it.
         dtype: such as "float32".
-        files: what its weights were read from; none where they are random.
+        files: what it was read from: weights, and of code the file of its factory.
     """
 
     module: nn.Module
@@ -36,32 +36,37 @@ class TensorModel:
             PreflightError: a package that reading it needs is not installed.
         """
         path, found = Path(config.model.path), config.model.resolved_format
+        files: tuple[Path, ...]
         if found == "factory":
-            module, name = _from_factory(config), str(config.model.factory)
+            module, files = _from_factory(config)
+            name = str(config.model.factory)
         elif found == "pt2":
             from runner.sources.pt2 import open_pt2
 
-            module, name = open_pt2(path), path.name
+            module, name, files = open_pt2(path), path.name, (path,)
         else:
+            from runner.sources.onnx_file import files_of
             from runner.sources.onnx_graph import open_onnx
 
-            module, name = open_onnx(path), path.name
-        files = () if config.model.load_format == "dummy" else (path,)
+            module, name, files = open_onnx(path), path.name, files_of(path)
         dtype = _dtype_of(module) if config.model.dtype == "auto" else config.model.dtype
         return cls(_converted(module, dtype), name, dtype, files)
 
 
-def _from_factory(config: RunnerConfig) -> nn.Module:
-    from runner.sources.factory import open_factory
+def _from_factory(config: RunnerConfig) -> tuple[nn.Module, tuple[Path, ...]]:
+    from runner.sources.factory import code_file, open_factory
 
     model = config.model
-    return open_factory(
-        str(model.factory),
+    weights = None if model.load_format == "dummy" else Path(model.path)
+    reference = str(model.factory)
+    module = open_factory(
+        reference,
         arguments=model.factory_args,
-        weights=None if model.load_format == "dummy" else Path(model.path),
+        weights=weights,
         allowed=config.security.factories,
         search_path=Path(model.factory_path) if model.factory_path else None,
     )
+    return module, tuple(file for file in (weights, code_file(reference)) if file)
 
 
 def _dtype_of(module: nn.Module) -> str:

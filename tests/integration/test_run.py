@@ -156,7 +156,7 @@ def test_a_run_that_is_killed_goes_on_and_writes_each_result_once(folder: Path) 
     assert len(at_end) == NUM_ITEMS
     assert after_rank.items() <= at_end.items()
     left = {path.name for path in (folder / "out").iterdir()} - at_end.keys()
-    assert left == {".lock", "run.json"}
+    assert left == {"run.json"}
     assert_right(folder)
 
     again = run_command(*command, "--json")

@@ -34,6 +34,8 @@ ROOT = Path(__file__).parents[2]
 
 Floats = NDArray[np.float32]
 
+_PATIENCE_S = 600
+
 
 @dataclass(frozen=True)
 class Example:
@@ -84,7 +86,7 @@ def compute(context: ParallelContext, example: Example, samples: Floats) -> Floa
             )
             for batch in batches
         ]
-        found.extend(outputs[0] for future in futures for outputs in future.result(90))
+        found.extend(outputs[0] for future in futures for outputs in future.result(_PATIENCE_S))
 
     _run(context, example, use)
     return torch.stack(found).numpy() if context.rank == 0 else None
@@ -100,8 +102,8 @@ def run_offline(
     def use(pipeline: Pipeline) -> None:
         specs, items = outputs_of(job.plan), list_items([inputs], output=output)
         with open_output_folder(output, specs, chosen="npy", settings={}) as folder:
-            work = OfflineRun(job.config, job.plan, items, folder)
-            work.use(pipeline)
+            work = OfflineRun(job.config, job.plan, items)
+            work.use(pipeline, folder)
             told.append(work.metrics())
 
     _run(context, example, use)

@@ -459,7 +459,7 @@ def run_offline(
 
     def use(pipeline: Pipeline) -> None:
         with open_output_folder(output, specs, chosen="npz", settings={}) as folder:
-            OfflineRun(job.config, job.plan, items, folder).use(pipeline)
+            OfflineRun(job.config, job.plan, items).use(pipeline, folder)
             failed.append(folder.summary(items).failed)
 
     run_worker(job, load_worker(job, context), context, use if context.rank == 0 else None)

@@ -32,7 +32,7 @@ def test_text_tells_what_a_bundle_is(built: Path) -> None:
     assert lines[0].startswith("LlamaForCausalLM, bfloat16, 2 stages, 3 ranks, max_model_len 32")
     assert opened.plan.digest()[:12] in lines[0]
     assert lines[1] == f"built on {opened.manifest.host.describe()}"
-    assert lines[2].startswith("made from 1 weight file, ")
+    assert lines[2].startswith("made from 1 file, ")
     rows = [line.split() for line in lines]
     ranks = [row[:3] for row in rows if row and row[0].isdecimal() and "model" in row[3]]
     assert ranks == [["0", "0", "0"], ["1", "0", "1"], ["2", "1", "0"]]
@@ -79,7 +79,7 @@ def test_json_holds_the_manifest_as_it_is(built: Path) -> None:
 
 def test_a_failed_parity_is_loud(bundle: Path) -> None:
     rewrite_manifest(bundle, lambda values: values["parity"].update(passed=False))
-    assert "Parity: FAILED, min_cosine 0.9997" in run_command("inspect", str(bundle)).stdout
+    assert "Parity: NOT PASSED, min_cosine 0.9997" in run_command("inspect", str(bundle)).stdout
 
 
 def test_what_is_no_bundle_ends_with_4_and_another_version_with_5(

@@ -44,7 +44,7 @@ def test_npy(tmp_path: Path) -> None:
         output.write(B, VALUES)
         assert (output.finished(A), output.finished(B)) == (False, True)
         assert output.remaining([A, B, C]) == [A, C]
-    assert files(tmp_path / "out") == {"sub/b.npy", "run.json", ".lock"}
+    assert files(tmp_path / "out") == {"sub/b.npy", "run.json"}
     written = np.load(tmp_path / "out/sub/b.npy")
     assert written.dtype == np.float32
     np.testing.assert_array_equal(written, VALUES["logits"])
@@ -192,7 +192,7 @@ def test_a_half_written_result_is_removed_though_its_item_is_gone(tmp_path: Path
         (tmp_path / name).write_bytes(b"half")
     with opened(tmp_path) as output:
         assert output.finished(B)
-    assert files(tmp_path) == {"sub/b.npy", "run.json", ".lock"}
+    assert files(tmp_path) == {"sub/b.npy", "run.json"}
 
 
 def test_a_line_of_someone_else_is_named(tmp_path: Path) -> None:
@@ -294,7 +294,7 @@ def test_a_killed_run_goes_on_and_touches_nothing_finished(tmp_path: Path) -> No
     after = results(tmp_path)
     assert len(after) == 50
     assert after.items() >= before.items()
-    assert files(tmp_path) == {*after, "run.json", ".lock"}
+    assert files(tmp_path) == {*after, "run.json"}
     for name in after:
         values = np.load(tmp_path / name)
         assert values.shape == (500_000,)

@@ -8,9 +8,10 @@ from safetensors.torch import save_file
 from torch import nn
 
 from parallel.errors import ConfigError, IntegrityError
-from runner.sources.factory import open_factory
+from runner.sources.factory import code_file, open_factory
 
 SOURCE = """
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -52,6 +53,9 @@ def make(**arguments):
 
 def make_number():
     return 3
+
+
+small = partial(Net, width=2)
 """
 
 
@@ -94,6 +98,13 @@ def test_a_factory_that_is_not_listed_is_not_imported(package):
 def test_what_is_no_reference_is_refused(reference):
     with pytest.raises(ConfigError, match=r"write package\.module:function"):
         open_factory(reference, arguments={}, weights=None, allowed=[reference], search_path=None)
+
+
+def test_the_file_of_the_code_is_known(package):
+    folder, name = package
+    open_net(package)
+    for function in ("make", "Net", "small"):
+        assert code_file(f"{name}:{function}") == folder / f"{name}.py"
 
 
 def test_search_path_is_gone_afterwards_and_the_module_is_in_eval_mode(package):

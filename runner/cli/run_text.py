@@ -1,0 +1,69 @@
+"""What a run of a tensor model came to, as text."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from parallel.graph_plan import GraphPlan
+from runner.cli.table import plural
+from runner.items.writing import Summary
+from runner.pipeline.batch_metrics import BatchSnapshot
+from runner.pipeline.rank import PipelineReport
+
+
+@dataclass(frozen=True)
+class RunReport:
+    """One run to its end.
+
+    Attributes:
+        output: the folder.
+        summary: how many items it holds, those of earlier runs among them.
+        metrics: the batches of this run.
+        ran: the pipeline at work.
+    """
+
+    plan: GraphPlan
+    output: Path
+    summary: Summary
+    metrics: BatchSnapshot
+    ran: PipelineReport
+
+    def to_text(self) -> str:
+        """A line, and one more of the bubble where there are several stages."""
+        metrics, ran = self.metrics, self.ran
+        reasons = ", ".join(f"{why} {count}" for why, count in metrics.by_reason.items() if count)
+        lines = [
+            f"{plural(self.summary.finished, 'result')} in {self.output}; {metrics.completed} "
+            f"samples in {ran.seconds:.1f} s ({self._rate:.1f} a second), "
+            f"{metrics.mean_batch_size:.1f} a batch; batches by what cut them: "
+            f"{reasons or 'nothing'}"
+        ]
+        if len(self.plan.stages) > 1:
+            lines.append(
+                f"pipeline bubble: {ran.bubble:.1%} measured over {ran.num_batches} batches; "
+                f"{self.plan.bubble:.1%} predicted for {self.plan.num_microbatches}"
+            )
+        return "\n".join(lines)
+
+    def to_json(self) -> str:
+        """One object; times in seconds."""
+        metrics, ran = self.metrics, self.ran
+        values = {
+            "output": str(self.output),
+            "finished": self.summary.finished,
+            "failed": self.summary.failed,
+            "samples": metrics.completed,
+            "seconds": ran.seconds,
+            "samples_per_s": self._rate,
+            "batches": metrics.batches,
+            "mean_batch_size": metrics.mean_batch_size,
+            "batches_by_reason": metrics.by_reason,
+            "busy_s": ran.busy_s,
+            "bubble_measured": ran.bubble,
+            "bubble_predicted": self.plan.bubble,
+        }
+        return json.dumps(values)
+
+    @property
+    def _rate(self) -> float:
+        return self.metrics.completed / self.ran.seconds if self.ran.seconds else 0.0
