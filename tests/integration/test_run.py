@@ -208,6 +208,29 @@ def test_bad_items_are_named_and_do_not_stop_the_rest(folder: Path) -> None:
     assert len(stats(folder)) == 7
 
 
+def test_a_folder_of_something_else_is_refused_before_there_are_ranks(folder: Path) -> None:
+    np.save(folder / "in" / "good.npy", np.zeros(4, dtype=np.int64))
+    two_stages = arguments(folder, "Table", IDS, split_points=["table"])
+    assert run_command(*two_stages).returncode == 0
+    before = stats(folder)
+    code = (folder / "run_models.py").read_text()
+    (folder / "mine").mkdir()
+    (folder / "mine" / "thesis.npz").touch()
+    for change, told in [
+        (("--format", "npy"), 'of a run with format="npz", this one has "npy"'),
+        (("--output", str(folder / "mine")), "holds thesis.npz and no run.json"),
+    ]:
+        failed = run_command(*two_stages, *change)
+        assert failed.returncode == 2
+        assert told in failed.stderr
+        assert "ranks" not in failed.stderr
+    (folder / "run_models.py").write_text(code + "\n")
+    failed = run_command(*two_stages)
+    assert failed.returncode == 2
+    assert 'of a run with source={"run_models.py": ' in failed.stderr
+    assert stats(folder) == before
+
+
 def test_a_model_that_raises_ends_the_job_and_names_the_stage(folder: Path) -> None:
     for index in range(8):
         np.save(folder / "in" / f"good{index}.npy", np.full(4, index))

@@ -5,10 +5,12 @@ from typing import Any
 import graph_jobs
 import pytest
 from graph_jobs import CASES, Case, make_job
+from torch import nn
 
 from parallel.errors import ConfigError
 from runner.config.schema import RunnerConfig
-from runner.graph_planning import graph_buckets
+from runner.graph_planning import GraphJob, graph_buckets
+from runner.sources.tensor_model import TensorModel
 
 
 def config_of(*inputs: dict[str, Any], dims: dict[str, list[int]], **sections: Any) -> RunnerConfig:
@@ -61,6 +63,20 @@ def test_a_job_says_what_it_is_made_of() -> None:
     assert job.source_files == ()
     assert [len(bucket) for bucket in job.plan.buckets] == [2]
     assert not make_job(CASES["no batch"], [1]).plan.is_batched
+
+
+def test_an_onnx_graph_takes_no_tp_plan() -> None:
+    """Though one of its operators may be a layer that could be split."""
+    config = RunnerConfig.model_validate(
+        {
+            "version": 1,
+            "model": {"path": "m.onnx", "inputs": [{"name": "x", "shape": ["batch", 4]}]},
+            "parallel": {"tensor_parallel_size": 2, "tp_plan": {"gemm": "colwise"}},
+        }
+    )
+    model = TensorModel(nn.ModuleDict({"gemm": nn.Linear(4, 4)}), "m.onnx", "float32", ())
+    with pytest.raises(ConfigError, match=r"ONNX graphs are not split.*pipeline_parallel_size"):
+        GraphJob.of(config, model)
 
 
 def test_stages_by_modules() -> None:

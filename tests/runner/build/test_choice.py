@@ -119,6 +119,15 @@ def test_a_candidate_that_lacks_an_operator_is_out(work: Work, builder: BundleBu
     assert built.backend == "eager"
 
 
+def test_a_segment_that_no_candidate_computes_is_an_error(
+    work: Work, builder: BundleBuilder
+) -> None:
+    chooser = Chooser([Wrong(2.0), Incapable(1.0, "incapable")], builder, CPU, 4.0)
+    told = r"gate: no backend can run it \(wrong: error .*; incapable: relu is too much\)"
+    with pytest.raises(UnsupportedSegmentError, match=told):
+        chooser.build(work)
+
+
 def test_a_backend_that_was_named_is_the_only_one(work: Work, builder: BundleBuilder) -> None:
     built = Chooser([EagerBackend()], builder, CPU, 4.0).build(work)
     (candidate,) = built.candidates

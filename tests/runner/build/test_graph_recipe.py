@@ -64,6 +64,21 @@ def test_weights_of_all_buckets_and_dtypes_are_written(tmp_path: Path) -> None:
         assert (planned < found.keys()) == (name == "Net")
 
 
+def test_random_weights_of_a_factory_are_written_too(tmp_path: Path) -> None:
+    """A run from the bundle has no factory that could draw them again."""
+    plan = graph_builds.make_model(tmp_path / "model", "Net").plan
+    recipe = recipe_of(plan, "model.load_format=dummy")
+    (code,) = recipe.source_files
+    assert code.suffix == ".py"
+    with BundleBuilder.lead(tmp_path / "out", recipe.job.plan) as builder:
+        recipe.write_weights(0, builder, source="source")
+        found = dict(read_weights(builder.folder / "weights" / "rank0.safetensors", device=CPU))
+    assert recipe.job.model is not None
+    drawn = dict(recipe.job.model.module.named_parameters())
+    assert drawn.keys() <= found.keys()
+    assert all(torch.equal(found[name], drawn[name]) for name in drawn)
+
+
 def test_weights_are_kept_until_the_models_code_computes_others(tmp_path: Path) -> None:
     plan = graph_builds.make_model(tmp_path / "model", "Net").plan
     recipe = recipe_of(plan)

@@ -218,6 +218,7 @@ def test_a_name_with_dots_is_not_taken_apart_in_silence() -> None:
         ("model.bin", "format: pt2, INPUTS"),
         ("model.bin", 'factory: "a:b", INPUTS'),
         ("m", 'factory: "a:b", load_format: dummy, INPUTS'),
+        ("model.bin", 'factory: "a:b", load_format: dummy, INPUTS'),
     ],
 )
 def test_a_language_model_is_a_folder_and_a_tensor_model_a_file(path: str, keys: str) -> None:

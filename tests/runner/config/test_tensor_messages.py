@@ -168,11 +168,6 @@ def test_one_mistake_in_the_model_gives_one_line(text: str, line: str) -> None:
             "give the file that holds the model or its weights",
         ),
         (
-            model("w.bin", more='load_format: dummy\n  factory: "a:b"'),
-            "plan.yaml:3:9: model.path: 'w.bin' is not a directory; "
-            "give the directory that holds the model",
-        ),
-        (
             model("w.bin", inputs=None, more="format: safetensors"),
             "plan.yaml:3:9: model.path: 'w.bin' is not a directory; "
             "give the directory that holds the model",

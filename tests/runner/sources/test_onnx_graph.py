@@ -9,6 +9,7 @@ import torch
 from PIL import Image, ImageDraw
 
 from parallel.errors import ConfigError, IntegrityError, PreflightError
+from runner.sources.onnx_file import files_of
 from runner.sources.onnx_graph import input_names, open_onnx, output_names
 
 onnx = pytest.importorskip("onnx")
@@ -202,6 +203,7 @@ def test_weights_in_a_file_beside_the_model_are_read(tmp_path):
     data = external(tmp_path / "m.onnx", "w.bin")
     found = open_onnx(tmp_path / "m.onnx")(torch.ones(64))
     torch.testing.assert_close(found, torch.from_numpy(data) + 1)
+    assert files_of(tmp_path / "m.onnx") == (tmp_path / "m.onnx", tmp_path / "w.bin")
     (tmp_path / "w.bin").write_bytes(b"short")
     with pytest.raises(IntegrityError, match="cannot be read"):
         open_onnx(tmp_path / "m.onnx")
