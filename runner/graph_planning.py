@@ -59,10 +59,12 @@ class GraphJob(Job):
         from parallel.graph_planner import CutRequest, make_graph_plan
 
         parallel = config.parallel
-        if parallel.tp_plan and config.model.resolved_format == "onnx":
+        is_split = parallel.tp_plan or max(parallel.tensor_parallel_sizes) > 1
+        if is_split and config.model.resolved_format in ("onnx", "pt2"):
             raise ConfigError(
-                "parallel.tp_plan: ONNX graphs are not split; cut the model into pipeline stages "
-                "instead: parallel.pipeline_parallel_size"
+                "parallel.tensor_parallel_size, parallel.tp_plan: ONNX graphs and exported "
+                "programs are not split; cut the model into pipeline stages instead: "
+                "parallel.pipeline_parallel_size"
             )
         traced: Traced = {}
         plan = make_graph_plan(

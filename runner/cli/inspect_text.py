@@ -126,9 +126,9 @@ def _totals(bundle: Bundle) -> str:
     manifest = bundle.manifest
     size = sum(entry.size for entry in manifest.files.values())
     return (
-        f"{plural(len(manifest.files), 'file')}, {format_bytes(size)} in all: "
-        f"{plural(len(manifest.artefacts), 'artefact')}, "
-        f"{plural(len(manifest.files_below(MODEL)), 'file')} of the model's folder"
+        f"{plural(len(manifest.files), 'file')}, {format_bytes(size)} in all, "
+        f"{len(manifest.files_below(MODEL))} of them in the model's folder; "
+        f"{plural(len(manifest.artefacts), 'artefact')}"
     )
 
 

@@ -31,12 +31,13 @@ class RunReport:
     def to_text(self) -> str:
         """A line, and one more of the bubble where there are several stages."""
         metrics, ran = self.metrics, self.ran
+        results = f"{plural(self.summary.finished, 'result')} in {self.output}"
+        if not metrics.completed:
+            return f"{results}; none of them is new: every item was computed before, or failed"
         reasons = ", ".join(f"{why} {count}" for why, count in metrics.by_reason.items() if count)
         lines = [
-            f"{plural(self.summary.finished, 'result')} in {self.output}; {metrics.completed} "
-            f"samples in {ran.seconds:.1f} s ({self._rate:.1f} a second), "
-            f"{metrics.mean_batch_size:.1f} a batch; batches by what cut them: "
-            f"{reasons or 'nothing'}"
+            f"{results}; {metrics.completed} samples in {ran.seconds:.1f} s ({self._rate:.1f} a "
+            f"second), {metrics.mean_batch_size:.1f} a batch; batches by what cut them: {reasons}"
         ]
         if len(self.plan.stages) > 1:
             lines.append(

@@ -119,7 +119,7 @@ def _import(reference: str, search_path: Path | None) -> Callable[..., object]:
         where = f" from {search_path}" if search_path else ""
         raise ConfigError(
             f"model.factory: {reference} cannot be imported{where} ({_brief(error)}); install its "
-            "package, or name the folder that it lies in"
+            "package, or name the folder that it lies in as model.factory_path"
         ) from error
     if not callable(found):
         raise ConfigError(f"model.factory: {reference} is no function")

@@ -65,17 +65,21 @@ def test_a_job_says_what_it_is_made_of() -> None:
     assert not make_job(CASES["no batch"], [1]).plan.is_batched
 
 
-def test_an_onnx_graph_takes_no_tp_plan() -> None:
-    """Though one of its operators may be a layer that could be split."""
+@pytest.mark.parametrize("file", ["m.onnx", "m.pt2"])
+@pytest.mark.parametrize("tp_plan", [{"gemm": "colwise"}, None])
+def test_a_graph_is_not_split(file: str, tp_plan: dict[str, str] | None) -> None:
+    """Though one of its operators may be a layer that could be."""
     config = RunnerConfig.model_validate(
         {
             "version": 1,
-            "model": {"path": "m.onnx", "inputs": [{"name": "x", "shape": ["batch", 4]}]},
-            "parallel": {"tensor_parallel_size": 2, "tp_plan": {"gemm": "colwise"}},
+            "model": {"path": file, "inputs": [{"name": "x", "shape": ["batch", 4]}]},
+            "parallel": {"tensor_parallel_size": 2, "tp_plan": tp_plan},
         }
     )
-    model = TensorModel(nn.ModuleDict({"gemm": nn.Linear(4, 4)}), "m.onnx", "float32", ())
-    with pytest.raises(ConfigError, match=r"ONNX graphs are not split.*pipeline_parallel_size"):
+    model = TensorModel(nn.ModuleDict({"gemm": nn.Linear(4, 4)}), file, "float32", ())
+    with pytest.raises(
+        ConfigError, match=r"ONNX graphs and .* are not split.*pipeline_parallel_size"
+    ):
         GraphJob.of(config, model)
 
 
