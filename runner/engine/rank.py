@@ -8,9 +8,10 @@ from parallel.launch import RankEnv
 from runner.compiler.counter import compilations, watch_triton
 from runner.engine.control import Control
 from runner.engine.engine import Engine
+from runner.engine.kv_blocks import BlockPool
 from runner.engine.kv_capacity import agree_on_blocks, check_weights_fit
 from runner.engine.loading import load_stage
-from runner.engine.scheduler import BlockPool, Output, Scheduler
+from runner.engine.scheduler import Output, Scheduler
 from runner.engine.stage_runner import StageRunner
 from runner.joining import as_rank, join
 from runner.planning import DecoderJob

@@ -1,13 +1,16 @@
 """Who runs in the next step. Deterministic, so that every rank comes to the same answer by itself.
 
-First come, first served. A sequence is admitted when the KV blocks of its whole length are free, so
-it never has to give way. Long prompts run in chunks, beside the sequences that are decoding.
+First come, first served. A sequence is admitted when there are KV blocks for the tokens that it
+has, and takes more as it grows. Where none is left, the one that came last gives its own up and
+waits to be computed again: the first can always go on. Long prompts run in chunks, beside the
+sequences that are decoding.
 """
 
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from parallel.errors import DoesNotFitError
+from runner.engine.kv_blocks import BlockPool
 from runner.engine.request import Request
 from runner.engine.sequence import FinishReason, Sequence
 
@@ -34,25 +37,17 @@ class Output:
     finish_reason: FinishReason | None
 
 
-class BlockPool:
-    """The free blocks of the KV cache."""
+@dataclass
+class _Step:
+    """A step that is being put together."""
 
-    def __init__(self, num_blocks: int, block_size: int) -> None:
-        self.num_blocks = num_blocks
-        self.block_size = block_size
-        self._free = deque(range(num_blocks))
+    budget: int
+    parts: list[Scheduled] = field(default_factory=list)
 
-    def blocks_for(self, num_tokens: int) -> int:
-        return -(-num_tokens // self.block_size)
-
-    def take(self, count: int) -> list[int] | None:
-        """`count` blocks; None, and nothing taken, where fewer are free."""
-        if count > len(self._free):
-            return None
-        return [self._free.popleft() for _ in range(count)]
-
-    def give_back(self, blocks: list[int]) -> None:
-        self._free.extend(blocks)
+    def put(self, sequence: Sequence) -> None:
+        part = Scheduled(sequence, min(sequence.num_pending, self.budget))
+        self.parts.append(part)
+        self.budget -= part.num_tokens
 
 
 class Scheduler:
@@ -107,22 +102,20 @@ class Scheduler:
 
     def schedule(self) -> list[Scheduled]:
         """The next step: running sequences first, then as many waiting ones as fit."""
-        budget = self._max_num_batched_tokens
-        scheduled: list[Scheduled] = []
-        for sequence in self._running:
-            if budget:
-                scheduled.append(self._part(sequence, budget))
-                budget -= scheduled[-1].num_tokens
-        while budget and self._waiting and len(self._running) < self._max_num_seqs:
-            sequence = self._waiting[0]
-            blocks = self._pool.take(self._pool.blocks_for(sequence.request.max_length))
-            if blocks is None:
+        step = _Step(self._max_num_batched_tokens)
+        num_running = len(self._running)
+        # Whoever must give way is the last of those that run, which are fewer then.
+        while step.budget and len(step.parts) < len(self._running):
+            sequence = self._running[len(step.parts)]
+            if self._grow(sequence):
+                step.put(sequence)
+        has_preempted = len(self._running) < num_running
+        while step.budget and not has_preempted and len(self._running) < self._max_num_seqs:
+            if not (self._waiting and self._admit(self._waiting[0])):
                 break
-            sequence.blocks = blocks
             self._running.append(self._waiting.popleft())
-            scheduled.append(self._part(sequence, budget))
-            budget -= scheduled[-1].num_tokens
-        return scheduled
+            step.put(self._running[-1])
+        return step.parts
 
     def commit(self, scheduled: list[Scheduled], token_ids: list[int]) -> list[Output]:
         """Record what a step computed.
@@ -135,6 +128,7 @@ class Scheduler:
         for part in scheduled:
             sequence, samples = part.sequence, part.samples
             sequence.num_computed += part.num_tokens
+            self._publish(sequence)
             if not samples:
                 continue
             sequence.token_ids.append(next(sampled))
@@ -144,12 +138,65 @@ class Scheduler:
                 self._finish(sequence)
         return outputs
 
-    def _part(self, sequence: Sequence, budget: int) -> Scheduled:
+    def _admit(self, sequence: Sequence) -> bool:
+        """Give a sequence blocks for all its tokens, computed ones where they are known."""
+        self._switch_rope(sequence)
+        block_size, num_tokens = self._pool.block_size, len(sequence.token_ids)
+        # Something must be left to compute, or there would be no logits.
+        keys = sequence.keys((num_tokens - 1) // block_size, block_size)
+        shared = self._pool.share(keys)
+        others = self._pool.take(self._pool.blocks_for(num_tokens) - len(shared))
+        if others is None:
+            self._pool.give_back(shared)
+            return False
+        sequence.blocks = shared + others
+        sequence.num_computed = sequence.num_published = len(shared) * block_size
+        return True
+
+    def _grow(self, sequence: Sequence) -> bool:
+        """Give a running sequence blocks for the tokens that it has by now.
+
+        Returns:
+            False: it had to give way itself.
+        """
+        if self._switch_rope(sequence):
+            self._release(sequence)
+        missing = self._pool.blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
+        while (blocks := self._pool.take(missing)) is None:
+            last = self._running.pop()
+            self._release(last)
+            self._waiting.appendleft(last)
+            if last is sequence:
+                return False
+        if blocks:
+            # A new list: whoever has copied the old one to a device must see that it has changed.
+            sequence.blocks = sequence.blocks + blocks
+        return True
+
+    def _switch_rope(self, sequence: Sequence) -> bool:
+        """Whether the sequence has just become too long for its rotary frequencies."""
         switch = self._rope_switch_length
-        if switch and len(sequence.token_ids) > switch and sequence.rope_variant == 0:
-            sequence.rope_variant, sequence.num_computed = 1, 0
-        return Scheduled(sequence, min(sequence.num_pending, budget))
+        if not switch or len(sequence.token_ids) <= switch or sequence.rope_variant:
+            return False
+        sequence.switch_rope()
+        return True
+
+    def _publish(self, sequence: Sequence) -> None:
+        """Make the blocks that have been filled known to others."""
+        block_size = self._pool.block_size
+        if sequence.num_computed < sequence.num_published + block_size:
+            return
+        keys = sequence.keys(sequence.num_computed // block_size, block_size)
+        for index in range(sequence.num_published // block_size, len(keys)):
+            self._pool.publish(sequence.blocks[index], keys[index])
+        sequence.num_published = len(keys) * block_size
+
+    def _release(self, sequence: Sequence) -> None:
+        """Take the blocks of a sequence, whose tokens must then be computed again."""
+        self._pool.give_back(sequence.blocks)
+        sequence.blocks = []
+        sequence.num_computed = sequence.num_published = 0
 
     def _finish(self, sequence: Sequence) -> None:
         self._running.remove(sequence)
-        self._pool.give_back(sequence.blocks)
+        self._release(sequence)

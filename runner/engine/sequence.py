@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from runner.engine.kv_blocks import next_key
 from runner.engine.request import Request
 
 FinishReason = Literal["stop", "length"]
@@ -15,15 +16,18 @@ class Sequence:
     Attributes:
         token_ids: prompt and completion so far.
         num_computed: how many of them have their keys and values in the cache.
-        blocks: KV blocks in order; set when the sequence is admitted.
+        num_published: how many of these lie in blocks that others may share.
+        blocks: KV blocks in order, for all tokens, while the sequence runs; empty while it waits.
         rope_variant: which rotary frequencies its cached keys have.
     """
 
     request: Request
     token_ids: list[int]
     num_computed: int = 0
+    num_published: int = 0
     blocks: list[int] = field(default_factory=list)
     rope_variant: int = 0
+    _keys: list[bytes] = field(default_factory=list)
 
     @classmethod
     def of(cls, request: Request) -> "Sequence":
@@ -37,6 +41,19 @@ class Sequence:
     @property
     def num_generated(self) -> int:
         return len(self.token_ids) - len(self.request.prompt_ids)
+
+    def keys(self, count: int, block_size: int) -> list[bytes]:
+        """By what its first `count` blocks, which must be full, are known to `BlockPool`."""
+        for index in range(len(self._keys), count):
+            previous = self._keys[-1] if self._keys else bytes([self.rope_variant])
+            held = self.token_ids[index * block_size : (index + 1) * block_size]
+            self._keys.append(next_key(previous, held))
+        return self._keys[:count]
+
+    def switch_rope(self) -> None:
+        """Go on with the second variant of the frequencies; what was cached is of no use."""
+        self.rope_variant = 1
+        self._keys.clear()
 
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence is complete; None: it goes on."""

@@ -1,6 +1,7 @@
 """What tests run on the ranks of a `RankPool`: each function gets a context and plain arguments."""
 
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -12,7 +13,7 @@ from runner.engine.control import Control
 from runner.engine.loading import load_stage
 from runner.engine.rank import loop, make_engine
 from runner.engine.request import Request, SamplingParams
-from runner.engine.scheduler import Output
+from runner.engine.scheduler import Output, Scheduled
 from runner.planning import DecoderJob
 
 
@@ -90,6 +91,33 @@ def complete_job(
         front = ListFront(requests_of(job, prompts, num_tokens, sampling))
     loop(make_engine(job, stage_runner, front), front)
     return list(front.token_ids.values()) if front else None
+
+
+def complete_in_few_blocks(
+    context: ParallelContext,
+    model: str,
+    prompts: list[list[int]],
+    num_tokens: int,
+    settings: dict[str, Any],
+    num_blocks: int,
+) -> tuple[list[list[int]], list[tuple[int, int]]] | None:
+    """Greedy completions with a cache of so many blocks; and of every part of every step whose it
+    was and how many of its tokens were in the cache. Known on rank 0.
+    """
+    job = prepare(model, list(context.topology.tp_sizes), settings)
+    front = ListFront(requests_of(job, prompts, num_tokens, {}))
+    front.kv_blocks = lambda _: num_blocks  # type: ignore[method-assign]
+    engine = make_engine(job, load_stage(job, context), front if context.rank == 0 else None)
+    schedule, seen = engine.scheduler.schedule, []
+
+    def watched() -> list[Scheduled]:
+        parts = schedule()
+        seen.extend((p.sequence.request.request_id, p.sequence.num_computed) for p in parts)
+        return parts
+
+    with patch.object(engine.scheduler, "schedule", watched):
+        loop(engine, front if context.rank == 0 else None)
+    return (list(front.token_ids.values()), seen) if context.rank == 0 else None
 
 
 def logits(

@@ -14,8 +14,9 @@ from parallel.context import ParallelContext
 from parallel.errors import DoesNotFitError
 from parallel.launch import RankEnv
 from parallel.topology import Topology
+from runner.engine.kv_blocks import BlockPool
 from runner.engine.request import Request
-from runner.engine.scheduler import BlockPool, Output, Scheduled, Scheduler
+from runner.engine.scheduler import Output, Scheduled, Scheduler
 from runner.engine.sequence import Sequence
 
 STOP = 0
@@ -26,8 +27,12 @@ def token(request_id: int, position: int) -> int:
     return (7919 * request_id + 31 * position) % 17
 
 
-def request(request_id: int, prompt_len: int, max_tokens: int, *stops: int) -> Request:
-    return Request(request_id, (1,) * prompt_len, max_tokens, stop_token_ids=frozenset(stops))
+def request(
+    request_id: int, prompt_len: int, max_tokens: int, *stops: int, family: int | None = None
+) -> Request:
+    """Requests of one family have one beginning; without, nobody else has this one's."""
+    prompt = (100 + request_id if family is None else family,) * prompt_len
+    return Request(request_id, prompt, max_tokens, stop_token_ids=frozenset(stops))
 
 
 def scheduler_of(
@@ -119,11 +124,84 @@ def test_blocks_come_back(max_tokens: int) -> None:
     scheduler = scheduler_of(pool)
     scheduler.add(request(1, 8, max_tokens))
     scheduled = scheduler.schedule()
-    assert pool.take(1) is None
+    assert pool.take(2) is None
     commit(scheduler, scheduled)
     scheduler.abort(1)
     assert not scheduler.has_work
     assert sorted(pool.take(3) or []) == [0, 1, 2]
+
+
+def test_a_sequence_takes_blocks_as_it_grows() -> None:
+    pool = BlockPool(3, 4)
+    scheduler = scheduler_of(pool)
+    scheduler.add(request(1, 3, 9))
+    num_blocks = []
+    while scheduler.has_work:
+        (part,) = scheduler.schedule()
+        num_blocks.append(len(part.sequence.blocks))
+        commit(scheduler, [part])
+    assert num_blocks == [1, 1, 2, 2, 2, 2, 3, 3, 3]
+
+
+def test_the_last_one_gives_way_and_is_computed_again() -> None:
+    """Its full block is still known, and is not computed again."""
+    pool = BlockPool(4, 4)
+    scheduler = scheduler_of(pool)
+    scheduler.add(request(1, 8, 5))
+    scheduler.add(request(2, 7, 5))
+    assert step(scheduler) == [(1, 8), (2, 7)]
+    assert step(scheduler) == [(1, 1)], "it took the fourth block, which the second one held"
+    assert step(scheduler) == [(1, 1)], "there is room for the prompt, but not for its next token"
+    assert [step(scheduler) for _ in range(2)] == [[(1, 1)], [(1, 1)]]
+    assert step(scheduler) == [(2, 4)], "the first of its two blocks was not needed meanwhile"
+    assert [step(scheduler) for _ in range(3)] == [[(2, 1)]] * 3
+    assert not scheduler.has_work
+
+
+def test_nobody_is_admitted_in_the_step_in_which_another_gave_way() -> None:
+    scheduler = scheduler_of(BlockPool(5, 4))
+    for request_id, prompt_len in ((1, 8), (2, 8), (3, 4)):
+        scheduler.add(request(request_id, prompt_len, 4))
+    assert step(scheduler) == [(1, 8), (2, 8), (3, 4)]
+    assert step(scheduler) == [(1, 1)]
+
+
+def test_a_known_beginning_is_not_computed_again() -> None:
+    scheduler = scheduler_of()
+    for request_id, prompt_len in ((1, 11), (2, 11)):
+        scheduler.add(request(request_id, prompt_len, 3, family=7))
+    assert step(scheduler) == [(1, 11), (2, 11)], "nothing was known when both began"
+    scheduler.add(request(3, 14, 3, family=7))
+    scheduler.add(request(4, 8, 3, family=7))
+    scheduler.add(request(5, 14, 3, family=8))
+    assert step(scheduler) == [(1, 1), (2, 1), (3, 6), (4, 4), (5, 14)]
+    while scheduler.has_work:
+        step(scheduler)
+    scheduler.add(request(6, 12, 3, family=7))
+    assert step(scheduler) == [(6, 4)], "the blocks of those that have ended are still known"
+
+
+def test_a_beginning_of_other_frequencies_is_another_one() -> None:
+    scheduler = scheduler_of(rope_switch_length=10)
+    scheduler.add(request(1, 9, 2, family=7))
+    scheduler.add(request(2, 12, 2, family=7))
+    step(scheduler)
+    scheduler.add(request(3, 9, 1, family=7))
+    scheduler.add(request(4, 13, 1, family=7))
+    scheduled = scheduler.schedule()
+    assert shape(scheduled)[-2:] == [(3, 1), (4, 1)]
+    one, two, three, four = (part.sequence.blocks for part in scheduled)
+    assert (three[:2], four[:3]) == (one[:2], two[:3])
+    assert not set(one) & set(two)
+
+
+def test_what_was_computed_after_the_switch_is_known_as_that() -> None:
+    scheduler = scheduler_of(rope_switch_length=10)
+    scheduler.add(request(1, 9, 3, family=7))
+    while scheduler.has_work:
+        step(scheduler)
+    scheduler.add(request(2, 13, 1, family=7))
+    assert step(scheduler) == [(2, 5)]
 
 
 def test_an_aborted_request_is_gone_wherever_it_was() -> None:
@@ -175,29 +253,31 @@ def test_a_sequence_is_computed_anew_once_where_its_rope_switches(
 ) -> None:
     scheduler = scheduler_of(max_num_batched_tokens=budget, rope_switch_length=6)
     scheduler.add(request(1, prompt_len, 5))
-    taken, blocks = [], set()
+    taken = []
     while scheduler.has_work:
         (part,) = scheduler.schedule()
         assert part.sequence.rope_variant == (len(part.sequence.token_ids) > 6)
-        blocks.add(tuple(part.sequence.blocks))
         taken.append(part.num_tokens)
         commit(scheduler, [part])
     assert taken == steps
-    assert len(blocks) == 1
 
 
 EVENTS = st.lists(
     st.one_of(
-        st.tuples(st.just("add"), st.integers(1, 20), st.integers(1, 12)),
-        st.tuples(st.just("abort"), st.integers(0, 8), st.just(0)),
-        st.tuples(st.just("step"), st.just(0), st.just(0)),
+        st.tuples(
+            st.just("add"), st.integers(1, 20), st.integers(1, 12), st.sampled_from([None, 3, 4])
+        ),
+        st.tuples(st.just("abort"), st.integers(0, 8), st.just(0), st.none()),
+        st.tuples(st.just("step"), st.just(0), st.just(0), st.none()),
     ),
     max_size=40,
 )
 
 
 class Twins:
-    """Two schedulers that are told the same, and a list of what each request has produced."""
+    """Two schedulers that are told the same, what each request has produced, and what a KV cache
+    would hold: by slot, all tokens up to the one there, and the variant of its frequencies.
+    """
 
     def __init__(self, sizes: dict[str, Any], num_blocks: int, block_size: int) -> None:
         self.pools = [BlockPool(num_blocks, block_size) for _ in range(2)]
@@ -207,9 +287,10 @@ class Twins:
         self.ids: dict[int, list[int]] = {}
         self.ended: dict[int, str] = {}
         self.admitted: dict[int, Sequence] = {}
+        self.cache: dict[int, tuple[int, ...]] = {}
 
-    def add(self, prompt_len: int, max_tokens: int) -> None:
-        asked = request(len(self.requests), prompt_len, max_tokens, STOP)
+    def add(self, prompt_len: int, max_tokens: int, family: int | None) -> None:
+        asked = request(len(self.requests), prompt_len, max_tokens, STOP, family=family)
         if self.pools[0].blocks_for(asked.max_length) > self.pools[0].num_blocks:
             for scheduler in self.schedulers:
                 with pytest.raises(DoesNotFitError):
@@ -248,10 +329,28 @@ class Twins:
         assert list(self.admitted) == sorted(self.admitted)
         running = [s for request_id, s in self.admitted.items() if request_id not in self.ended]
         assert len(running) <= self.sizes["max_num_seqs"]
-        held = [block for sequence in running for block in sequence.blocks]
-        assert len(set(held)) == len(held)
-        for sequence in running:
-            assert len(sequence.blocks) * self.pools[0].block_size >= sequence.request.max_length
+        self._write(scheduled)
+        for part in scheduled:
+            self._read(part)
+
+    def _write(self, scheduled: list[Scheduled]) -> None:
+        written: dict[int, tuple[int, ...]] = {}
+        for part in scheduled:
+            first = part.sequence.num_computed
+            for position in range(first, first + part.num_tokens):
+                slot = self._slot(part.sequence, position)
+                assert slot not in written, "two tokens of a step go to one slot"
+                written[slot] = _contents(part.sequence, position)
+        self.cache |= written
+
+    def _read(self, part: Scheduled) -> None:
+        for position in range(part.sequence.num_computed + part.num_tokens):
+            slot = self._slot(part.sequence, position)
+            assert self.cache[slot] == _contents(part.sequence, position)
+
+    def _slot(self, sequence: Sequence, position: int) -> int:
+        size = self.pools[0].block_size
+        return sequence.blocks[position // size] * size + position % size
 
     def check_end(self) -> None:
         for asked in self.requests:
@@ -265,6 +364,10 @@ class Twins:
             assert sorted(pool.take(pool.num_blocks) or []) == list(range(pool.num_blocks))
 
 
+def _contents(sequence: Sequence, position: int) -> tuple[int, ...]:
+    return (sequence.rope_variant, *sequence.token_ids[: position + 1])
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     events=EVENTS,
@@ -275,13 +378,15 @@ class Twins:
     block_size=st.sampled_from([1, 4]),
 )
 def test_whatever_happens(
-    events: list[tuple[str, int, int]], num_blocks: int, block_size: int, **sizes: Any
+    events: list[tuple[str, int, int, int | None]], num_blocks: int, block_size: int, **sizes: Any
 ) -> None:
-    """No block is lost or held twice, everyone is served in turn, and two ranks never differ."""
+    """Everyone reads what is his own, no block is lost, everyone is served in turn, and two ranks
+    never differ.
+    """
     twins = Twins(sizes, num_blocks, block_size)
-    for kind, first, second in events:
+    for kind, first, second, family in events:
         if kind == "add":
-            twins.add(first, second)
+            twins.add(first, second, family)
         elif kind == "abort":
             twins.abort(first)
         elif twins.schedulers[0].has_work:
