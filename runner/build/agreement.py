@@ -7,6 +7,11 @@ happen to be rounded says nothing. Each element's `rounding` is what it may be o
 
 import torch
 
+LEAST_ERROR = 1e-4
+"""What is never too large in float32. TensorRT-RTX multiplies matrices with errors of 1e-5 of the
+result's norm, where cuBLAS has 1e-7 and TF32 would have 1e-3; its `disable_tf32` changes nothing.
+"""
+
 
 def errors_of(
     found: torch.Tensor, wanted: torch.Tensor, *, rounding: torch.Tensor

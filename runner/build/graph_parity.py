@@ -17,7 +17,7 @@ from parallel.context import ParallelContext
 from parallel.graph_plan import Bucket
 from parallel.graph_planner import values_of
 from parallel.records import read_record
-from runner.build.agreement import cosine_of, errors_of
+from runner.build.agreement import LEAST_ERROR, cosine_of, errors_of
 from runner.build.recipe import Verdict
 from runner.build.widening import run_widened, wider_than
 from runner.config.schema import ParityConfig
@@ -147,7 +147,8 @@ def _judge_one(
         return OutputParity(name, shapes, error, eager_error, 1 - error, passed)
     error, cosine = _distance(compiled, wide)
     eager_error, _ = _distance(eager, wide)
-    allowed = max(bounds.max_error_ratio * eager_error, _FLOOR * torch.finfo(eager.dtype).eps)
+    floor = max(_FLOOR * torch.finfo(eager.dtype).eps, LEAST_ERROR)
+    allowed = max(bounds.max_error_ratio * eager_error, floor)
     # Written so that NaN fails.
     passed = error <= allowed and cosine >= bounds.min_cosine
     return OutputParity(name, shapes, _known(error), _known(eager_error), _known(cosine), passed)

@@ -93,6 +93,7 @@ class GraphRecipe:
         config["model"] |= {
             "path": f"{layout.MODEL}/{FILE}",
             "format": "pt2",
+            "load_format": "auto",
             "factory": None,
             "factory_path": None,
             "factory_args": {},

@@ -12,6 +12,7 @@ from statistics import median
 
 import torch
 
+from runner.build.agreement import LEAST_ERROR
 from runner.build.widening import run_widened, wider_than
 from runner.compiler.backend import Compiled
 from runner.compiler.segment import Segment, TensorSpec, named_tensors
@@ -54,7 +55,7 @@ class Samples:
         run = segment.function()
         exact = tuple(run_widened(run, inputs[0], wider_than(dtype)))
         eager = error_of(tuple(run(*inputs[0])), exact)
-        floor = 4 * torch.finfo(dtype).eps
+        floor = max(4 * torch.finfo(dtype).eps, LEAST_ERROR / 4)
         return cls(inputs, exact, max(eager, floor))
 
     @torch.inference_mode()

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runner.build.agreement import cosine_of, errors_of, gain_of
+from runner.build.agreement import LEAST_ERROR, cosine_of, errors_of, gain_of
 from runner.build.recipe import Verdict
 from runner.build.reference import EMBEDDING, HEAD, Reference, Unit
 from runner.build.sharing import barrier, gather
@@ -256,7 +256,8 @@ def _judge(
     gain, eager_gain = (gain_of(y, wanted, rounding=eps * stored) for y in (found, plain))
     # Written so that a number that is none fails.
     passed = cosine >= bounds.min_cosine
-    passed = passed and beyond <= max(bounds.max_error_ratio * eager_error, _FLOOR * eps)
+    floor = max(_FLOOR * eps, LEAST_ERROR)
+    passed = passed and beyond <= max(bounds.max_error_ratio * eager_error, floor)
     passed = passed and abs(gain - 1) <= max(
         bounds.max_gain_error, bounds.max_error_ratio * abs(eager_gain - 1)
     )

@@ -11,6 +11,12 @@ def gpu_name(device: torch.device) -> str:
     return f"{properties.name} sm{properties.major}{properties.minor}"
 
 
+def target_of(device: torch.device) -> str:
+    """Compute capability as targets are called: "sm90"."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return f"sm{major}{minor}"
+
+
 def cpu_isa() -> str:
     """Architecture and the vector extension that torch uses, such as "x86_64 AVX512"."""
     return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"

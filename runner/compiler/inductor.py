@@ -30,7 +30,7 @@ _LOAD = """
 import sys, torch
 kind, library, device = sys.argv[1:]
 if kind == "cuda":
-    torch._C._aoti.AOTIModelContainerRunnerCuda(library, 1, device, "")
+    torch._C._aoti.AOTIModelContainerRunnerCuda(library, 1, device, "", True)
 else:
     torch._C._aoti.AOTIModelContainerRunnerCpu(library, 1)
 """
@@ -96,7 +96,10 @@ class InductorBackend:
         runners: Any = torch._C._aoti
         try:
             if self._device.type == "cuda":
-                runner = runners.AOTIModelContainerRunnerCuda(library, 1, str(self._device), "")
+                # Single-threaded: else it asks after events, which a CUDA graph cannot hold.
+                runner = runners.AOTIModelContainerRunnerCuda(
+                    library, 1, str(self._device), "", True
+                )
             else:
                 runner = runners.AOTIModelContainerRunnerCpu(library, 1)
         except RuntimeError as error:

@@ -25,7 +25,6 @@ import torch
 from parallel.errors import UnsupportedSegmentError
 from runner.compiler.tensorrt import (
     BuildSettings,
-    build_engine,
     import_torch_tensorrt,
     write_artefact,
 )
@@ -107,8 +106,14 @@ def main(desk: Path) -> None:
         program = torch.export.load(desk / f"{i}.pt2")
         answer = None
         try:
-            engine = build_engine(program, kind=job["kind"], settings=settings)
-            write_artefact(engine, program, Path(job["folder"]), install=install, target=target)
+            write_artefact(
+                program,
+                Path(job["folder"]),
+                kind=job["kind"],
+                settings=settings,
+                install=install,
+                target=target,
+            )
         except UnsupportedSegmentError as error:
             answer = str(error)
         print(json.dumps(answer), file=answers, flush=True)

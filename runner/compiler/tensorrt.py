@@ -20,10 +20,12 @@ import torch
 from parallel.errors import PreflightError, UnsupportedSegmentError
 from runner.compiler.backend import Compiled
 from runner.compiler.counter import counted
+from runner.compiler.host import target_of
 from runner.compiler.segment import Segment
 from runner.compiler.tensorrt_complaints import explain, quiet, shorten
 from runner.compiler.tensorrt_install import Install, find_install
 from runner.compiler.tensorrt_io import ENGINE_FILE, EngineIO, specs_of
+from runner.compiler.tensorrt_products import FORMS, reform
 from runner.compiler.tensorrt_runtime import EngineRuntime
 
 KERNELS_FILE = "tensorrt.kernels"
@@ -78,10 +80,14 @@ class TensorRTBackend:
             check_import()
             self._imports = True
         with torch.cuda.device(self._device):
-            engine = build_engine(program, kind=segment.kind, settings=self._settings)
-        write_artefact(
-            engine, program, folder, install=self._install, target=target_of(self._device)
-        )
+            write_artefact(
+                program,
+                folder,
+                kind=segment.kind,
+                settings=self._settings,
+                install=self._install,
+                target=target_of(self._device),
+            )
 
     def load(self, folder: Path, segment: Segment) -> Compiled:
         """See `Backend`."""
@@ -102,12 +108,6 @@ class TensorRTBackend:
         return find_install()
 
 
-def target_of(device: torch.device) -> str:
-    """Compute capability as targets are called: "sm90"."""
-    major, minor = torch.cuda.get_device_capability(device)
-    return f"sm{major}{minor}"
-
-
 def make_fingerprint(
     install: Install, settings: BuildSettings, *, target: str, gpu: str
 ) -> dict[str, str]:
@@ -119,19 +119,30 @@ def make_fingerprint(
         "torch": str(torch.__version__),
         "target": target,
         "gpu": gpu,
+        "products": FORMS,
         **{name: str(value) for name, value in asdict(settings).items()},
     }
 
 
 def write_artefact(
-    engine: bytes,
     program: torch.export.ExportedProgram,
     folder: Path,
     *,
+    kind: str,
+    settings: BuildSettings,
     install: Install,
     target: str,
 ) -> None:
-    """Write the files of an artefact."""
+    """Build an engine for the current GPU, and write the files of its artefact.
+
+    Args:
+        kind: the segment's, for messages.
+
+    Raises:
+        UnsupportedSegmentError: see `build_engine`.
+    """
+    program = reform(program, install.flavour)
+    engine = build_engine(program, kind=kind, settings=settings)
     inputs, outputs = specs_of(program)
     (folder / ENGINE_FILE).write_bytes(engine)
     EngineIO(install.flavour, install.tensorrt, target, inputs, outputs).write(folder)

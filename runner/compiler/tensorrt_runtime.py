@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from parallel.errors import IncompatibleError, IntegrityError
+from runner.compiler.host import target_of
 from runner.compiler.segment import Segment, TensorSpec
 from runner.compiler.tensorrt_engine import LoadedEngine, Scratch
 from runner.compiler.tensorrt_install import Flavour, import_tensorrt
@@ -57,6 +58,9 @@ class EngineRuntime:
         _check_segment(io, segment, folder)
         self._start(io)
         file = folder / ENGINE_FILE
+        if io.target != target_of(self._device):
+            # RTX loads some of them, and makes kernels for this GPU out of plans for another.
+            raise IncompatibleError(self._mismatch(io, file))
         try:
             plan = file.read_bytes()
         except OSError as error:
@@ -98,13 +102,15 @@ class EngineRuntime:
             )
 
     def _why_not(self, io: EngineIO, plan: bytes, file: Path) -> str:
-        major, minor = torch.cuda.get_device_capability(self._device)
-        found = f"{io.target} with TensorRT {io.tensorrt} ({io.flavour})"
-        here = f"sm{major}{minor} with TensorRT {self._trt.__version__} ({self._flavour})"
         reasons = [*_diagnose(self._trt, self._runtime, plan), *self._log.errors]
+        return f"{self._mismatch(io, file)}. TensorRT says: {'; '.join(reasons) or 'nothing'}"
+
+    def _mismatch(self, io: EngineIO, file: Path) -> str:
+        found = f"{io.target} with TensorRT {io.tensorrt} ({io.flavour})"
+        here = f"{target_of(self._device)} with TensorRT {self._trt.__version__} ({self._flavour})"
         return (
             f"{file} is an engine for {found}, and this GPU is {here}; run shardline compile on "
-            f"this host. TensorRT says: {'; '.join(reasons) or 'nothing'}"
+            "this host"
         )
 
     def _make_context(self, engine: Any) -> Any:

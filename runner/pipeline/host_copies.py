@@ -86,7 +86,7 @@ class StreamedCopies:
         self._device = device
         self._in = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._out = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-        self._computed = [_event() for _ in range(NUM_SLOTS)]
+        self._computed: list[torch.cuda.Event | None] = [None] * NUM_SLOTS
         self._fetched = [_event() for _ in range(NUM_SLOTS)]
 
     def put(
@@ -100,17 +100,23 @@ class StreamedCopies:
         staged = [_pinned(buffer) for buffer in buffers.values()]
         for samples, pinned in zip(rows, staged, strict=True):
             fill(samples, pinned)
+        # The buffers were made on this stream, perhaps only now.
+        made, computed = torch.cuda.current_stream(self._device), self._computed[slot]
         with torch.cuda.stream(self._in):
             # On this stream: waiting on the compute stream would be for what runs now, too.
             after()
-            self._in.wait_event(self._computed[slot])
+            if computed:
+                self._in.wait_event(computed)
+            else:
+                self._in.wait_stream(made)
             self._in.wait_event(self._fetched[slot])
             for pinned, buffer in zip(staged, buffers.values(), strict=True):
                 buffer.copy_(pinned, non_blocking=True)
         torch.cuda.current_stream(self._device).wait_stream(self._in)
 
     def computed(self, slot: int) -> None:
-        self._computed[slot].record(torch.cuda.current_stream(self._device))
+        self._computed[slot] = event = _event()
+        event.record(torch.cuda.current_stream(self._device))
 
     def fetch(self, results: Sequence[torch.Tensor], slot: int) -> Fetched:
         self._out.wait_stream(torch.cuda.current_stream(self._device))

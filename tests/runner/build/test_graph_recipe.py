@@ -162,7 +162,7 @@ def test_samples_hold_the_segments_own_weights(name: str) -> None:
     assert samples.error_ratio(run) <= 1
     if segment.kind == "norm":
         assert all(output.isfinite().all() for output in samples.exact)
-        assert samples.eager_error < 1e-5
+        assert samples.eager_error < 1e-4
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ pytestmark = [
 
 HIDDEN, WIDTH, HEAD_DIM = 256, 704, 64
 
-TOLERANCE = {torch.float32: 2e-6, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+TOLERANCE = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Relative error of a norm; TF32 would make 1e-3 of the first."""
 
 

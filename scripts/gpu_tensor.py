@@ -1,0 +1,215 @@
+"""Tensor models on one GPU: see scripts/gpu_check.
+
+    gpu_tensor.py OUT RESULT.json
+
+Compiles each model with each backend, then runs batches of its smallest and largest bucket: one
+after the other, which gives the latency, and several in flight, where copies overlap with
+computing.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+
+import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
+
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))
+
+from parallel.context import ParallelContext  # noqa: E402
+from parallel.graph_planner import values_of  # noqa: E402
+from parallel.launch import RankEnv  # noqa: E402
+from runner.bundled import open_job  # noqa: E402
+from runner.graph_planning import GraphJob  # noqa: E402
+from runner.pipeline.check import random_inputs  # noqa: E402
+from runner.pipeline.loading import load_worker  # noqa: E402
+from runner.pipeline.pipeline import Pipeline  # noqa: E402
+from runner.pipeline.programs import batch_size  # noqa: E402
+from runner.pipeline.rank import run_worker  # noqa: E402
+
+BACKENDS = ("tensorrt", "inductor", "eager")
+LATENCIES = 30
+IN_FLIGHT = 40
+TRACED = 8
+"""Batches that are submitted at once."""
+
+RESNET = """version: 1
+model:
+  path: scripts/resnet50.py
+  load_format: dummy
+  factory: "resnet50:resnet50"
+  factory_path: scripts
+  dtype: float16
+  inputs: [{name: image, shape: [batch, 3, 224, 224]}]
+security: {factories: ["resnet50:resnet50"]}
+"""
+
+
+@dataclass(frozen=True)
+class Model:
+    """A plan and what is changed in it.
+
+    Attributes:
+        plan: below examples/; empty: ResNet-50.
+        settings: as for `--set`.
+        buckets: batch sizes.
+    """
+
+    name: str
+    plan: str
+    settings: tuple[str, ...]
+    buckets: tuple[int, ...]
+
+
+@dataclass(frozen=True)
+class Row:
+    """A figure, as `gpu_check` shows it."""
+
+    subject: str
+    what: str
+    value: float
+
+
+def models() -> Iterator[Model]:
+    yield Model("ResNet-50 fp16", "", (), (1, 64))
+    dummy = "model.load_format=dummy"
+    anything = "model.path=pyproject.toml"
+    yield Model("EfficientNet-Lite0", "efficientnet/plan.yaml", (dummy, anything), (1, 64))
+    yield Model("PointNet", "lidar/plan.yaml", (), (1, 16))
+    ct = (dummy, anything, "model.dtype=bfloat16")
+    yield Model("3-D ResNet-152 bf16", "ct/plan.yaml", ct, (1,))
+    if (package := find_spec("rapidocr_onnxruntime")) and package.origin:
+        detector = next(Path(package.origin).parent.rglob("*_det_infer.onnx"))
+        yield Model("PP-OCR detector", "ocr/plan.yaml", (f"model.path={detector}",), (1, 4))
+
+
+def compile_model(model: Model, backend: str, out: Path) -> tuple[Path, float, int]:
+    """Its bundle, the seconds that it took, and the exit code."""
+    plan = ROOT / "examples" / model.plan
+    if not model.plan:
+        plan = out / "resnet50.yaml"
+        plan.write_text(RESNET)
+    bundle = out / f"{model.name.replace(' ', '-')}-{backend}"
+    settings = [
+        *model.settings,
+        f"compile.backend={backend}",
+        f"compile.buckets={list(model.buckets)}",
+        f"scheduler.max_batch_size={model.buckets[-1]}",
+        "scheduler.preferred_batch_size=null",
+        "parallel.pipeline_parallel_size=1",
+        "parallel.device=cuda",
+    ]
+    command = [sys.executable, "-P", "-m", "runner", "compile", "--config", str(plan)]
+    command += ["--output", str(bundle), "--overwrite"]
+    for setting in settings:
+        command += ["--set", setting]
+    started = time.monotonic()
+    with (out / f"compile-{bundle.name}.log").open("w") as log:
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+        done = subprocess.run(
+            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=300
+        )
+    return bundle, time.monotonic() - started, done.returncode
+
+
+class Measurement:
+    """What batches through one loaded bundle take."""
+
+    def __init__(self, bundle: Path) -> None:
+        job = open_job(bundle, accept_parity=True)
+        assert isinstance(job, GraphJob)
+        assert job.bundle is not None
+        self.parity: dict[str, object] = job.bundle.manifest.parity
+        self._job = job
+        self._context = ParallelContext.open(job.plan.topology, RankEnv(0, 1), device_type="cuda")
+        self._worker = load_worker(job, self._context)
+
+    def bucket(self, index: int) -> dict[str, float]:
+        """Figures of one batch size."""
+        size = batch_size(self._job.plan.buckets[index], self._job.plan)
+        inputs = random_inputs(values_of(self._job.plan.buckets[index]))
+        samples = [[x[row] for x in inputs] for row in range(size)]
+        found: dict[str, float] = {}
+
+        def use(pipeline: Pipeline) -> None:
+            pipeline.submit(index, samples).result()
+            times = [elapsed(pipeline, 1) for _ in range(LATENCIES)]
+            found["latency, ms"] = 1e3 * median(times)
+            found["samples/s"] = IN_FLIGHT * size / elapsed(pipeline, IN_FLIGHT)
+
+        def elapsed(pipeline: Pipeline, count: int) -> float:
+            started = time.perf_counter()
+            answers = [pipeline.submit(index, samples) for _ in range(count)]
+            for answer in answers:
+                answer.result()
+            return time.perf_counter() - started
+
+        run_worker(self._job, self._worker, self._context, use)
+
+        def use_traced(pipeline: Pipeline) -> None:
+            elapsed(pipeline, TRACED)
+
+        with profile(activities=[ProfilerActivity.CUDA]) as recorded:
+            run_worker(self._job, self._worker, self._context, use_traced)
+        found["copies beside kernels"] = overlap(recorded)
+        found["GPU, ms a batch"] = self._replay_ms(index)
+        return found
+
+    def _replay_ms(self, index: int) -> float:
+        """Of the captured graph alone."""
+        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        for _ in range(LATENCIES):
+            self._worker.run(index, 0)
+        end.record()
+        end.synchronize()
+        return start.elapsed_time(end) / LATENCIES
+
+
+def overlap(recorded: profile) -> float:
+    """The share of the time of copies between host and GPU in which a kernel ran as well."""
+    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
+    for event in recorded.events() or []:
+        if event.device_type == DeviceType.CUDA:
+            is_copy = "HtoD" in event.name or "DtoH" in event.name
+            spans[is_copy].append((event.time_range.start, event.time_range.end))
+    total = sum(end - start for start, end in spans[True])
+    both = sum(
+        max(0.0, min(end, stop) - max(start, begin))
+        for start, end in spans[True]
+        for begin, stop in spans[False]
+    )
+    return both / total if total else 0.0
+
+
+def main(out: Path, result: Path) -> None:
+    rows: list[Row] = []
+    for model in models():
+        for backend in BACKENDS:
+            subject = f"{model.name}, {backend}"
+            bundle, seconds, code = compile_model(model, backend, out)
+            rows.append(Row(subject, "compile, s", seconds))
+            if code:
+                rows.append(Row(subject, "compile FAILED with exit code", code))
+                continue
+            measurement = Measurement(bundle)
+            rows.append(Row(subject, "parity passed", bool(measurement.parity["passed"])))
+            for index, size in enumerate(model.buckets):
+                for what, value in measurement.bucket(index).items():
+                    rows.append(Row(subject, f"batch {size}: {what}", value))
+            del measurement
+            torch.cuda.empty_cache()
+            result.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]), Path(sys.argv[2]))
