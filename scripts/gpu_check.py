@@ -47,10 +47,10 @@ LLAMA_70B_RANK = LLAMA | {
 """What one of two tensor-parallel ranks holds: half of the heads, of the MLP and of the head."""
 
 SIZES = {
-    "llama-8b": ("[1,8,32,128,2048,8192]", 8192),
-    "llama-70b-rank": ("[1,32,2048]", 2048),
+    "llama-8b": ("[1,8,32,128,256,2048,8192]", 8192, 256),
+    "llama-70b-rank": ("[1,32,2048]", 2048, 32),
 }
-"""Buckets, and the most tokens of a step."""
+"""Buckets, the most tokens of a step, and the most sequences."""
 
 GIB = 2**30
 
@@ -169,12 +169,12 @@ def compile_llama(check: Check, name: str, backend: str, *more: str) -> tuple[Pa
     model, bundle = check.out / name, check.out / f"{name}-{backend}"
     model.mkdir(exist_ok=True)
     (model / "config.json").write_text(json.dumps(LLAMA_70B_RANK if "70b" in name else LLAMA))
-    buckets, tokens = SIZES[name]
+    buckets, max_num_tokens, max_num_seqs = SIZES[name]
     settings = {
         "compile.backend": backend,
         "compile.buckets": buckets,
-        "scheduler.max_num_batched_tokens": tokens,
-        "scheduler.max_num_seqs": 128,
+        "scheduler.max_num_batched_tokens": max_num_tokens,
+        "scheduler.max_num_seqs": max_num_seqs,
     }
     command = ["compile", "--model", str(model), "--load-format", "dummy", "--output", str(bundle)]
     command.append("--overwrite")

@@ -9,7 +9,7 @@ import torch
 
 LEAST_ERROR = 1e-4
 """What is never too large in float32. TensorRT-RTX multiplies matrices with errors of 1e-5 of the
-result's norm, where cuBLAS has 1e-7 and TF32 would have 1e-3; its `disable_tf32` changes nothing.
+result's norm, where cuBLAS has some 1e-7 and TF32 more than 1e-4; `disable_tf32` changes nothing.
 """
 
 

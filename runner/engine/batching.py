@@ -5,7 +5,9 @@ from collections.abc import Sequence as Seq
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 
 from runner.engine.scheduler import Scheduled
 from runner.models.batch import Batch
@@ -95,8 +97,8 @@ def lay_out(
     scheduled: Seq[Scheduled], block_size: int, padding: Padding | None = None
 ) -> StepInputs:
     """Lay a step's tokens out one sequence after the other."""
-    columns, samples = _columns(scheduled, block_size)
-    num_tokens, num_samples = len(columns[0]), len(samples)
+    num_tokens = sum(part.num_tokens for part in scheduled)
+    num_samples = sum(part.samples for part in scheduled)
     num_rows, sample_rows, num_seqs = num_tokens, num_samples, len(scheduled)
     is_decode, scratch_slot = False, 0
     if padding:
@@ -105,17 +107,17 @@ def lay_out(
         is_decode = padding.table_width is not None and num_samples == num_tokens
         num_seqs = num_rows if is_decode else num_seqs
         scratch_slot = padding.scratch_block * block_size
-    longs: list[int] = []
-    for column, filler in zip(columns, (0, 0, 0, scratch_slot), strict=True):
-        longs += column + [filler] * (num_rows - num_tokens)
-    longs += samples + [0] * (sample_rows - num_samples)
+    longs = np.zeros(4 * num_rows + sample_rows, dtype=np.int64)
+    columns, samples = longs[: 4 * num_rows].reshape(4, num_rows), longs[4 * num_rows :]
+    columns[3] = scratch_slot
+    samples[:num_samples] = _fill(columns, scheduled, block_size)
     query_lens = tuple(part.num_tokens for part in scheduled)
     kv_lens = tuple(part.sequence.num_computed + part.num_tokens for part in scheduled)
     unused = num_seqs - len(scheduled)
     # A sequence of padding has a row of its own and an empty cache.
     offsets = [*accumulate(query_lens, initial=0), *range(num_tokens + 1, num_tokens + 1 + unused)]
     return StepInputs(
-        longs=torch.tensor(longs, dtype=torch.int64),
+        longs=torch.from_numpy(longs),
         ints=torch.tensor([*offsets, *kv_lens, *[0] * unused], dtype=torch.int32),
         tables=tuple(part.sequence.blocks for part in scheduled),
         query_lens=query_lens,
@@ -127,23 +129,32 @@ def lay_out(
     )
 
 
-def _columns(scheduled: Seq[Scheduled], block_size: int) -> tuple[list[list[int]], list[int]]:
-    """Token ids, positions, rope variants and slots of all tokens; and the rows that sample."""
-    token_ids: list[int] = []
-    positions: list[int] = []
-    variants: list[int] = []
-    slots: list[int] = []
+def _fill(columns: NDArray[np.int64], scheduled: Seq[Scheduled], block_size: int) -> list[int]:
+    """Write token ids, positions, rope variants and slots of all tokens.
+
+    Returns:
+        The rows that sample.
+    """
     samples: list[int] = []
+    start = 0
     for part in scheduled:
-        sequence = part.sequence
-        span = range(sequence.num_computed, sequence.num_computed + part.num_tokens)
-        token_ids += sequence.token_ids[span.start : span.stop]
-        positions += span
-        variants += [sequence.rope_variant] * len(span)
-        slots += (sequence.blocks[p // block_size] * block_size + p % block_size for p in span)
+        sequence, stop = part.sequence, start + part.num_tokens
+        first = sequence.num_computed
+        if part.num_tokens == 1:
+            # The usual case, for which the arrays below take five times as long.
+            slot = sequence.blocks[first // block_size] * block_size + first % block_size
+            columns[:, start] = sequence.token_ids[first], first, sequence.rope_variant, slot
+        else:
+            positions = np.arange(first, first + part.num_tokens)
+            blocks = np.array(sequence.blocks)[positions // block_size]
+            columns[0, start:stop] = sequence.token_ids[first : first + part.num_tokens]
+            columns[1, start:stop] = positions
+            columns[2, start:stop] = sequence.rope_variant
+            columns[3, start:stop] = blocks * block_size + positions % block_size
         if part.samples:
-            samples.append(len(token_ids) - 1)
-    return [token_ids, positions, variants, slots], samples
+            samples.append(stop - 1)
+        start = stop
+    return samples
 
 
 def _copy(x: torch.Tensor, device: torch.device) -> torch.Tensor:
