@@ -106,7 +106,7 @@ def adopt() -> RankEnv | None:
         ) from None
     if _PARENT_PID not in os.environ:
         return RankEnv(rank, world_size)
-    _die_with_parent(int(os.environ[_PARENT_PID]))
+    die_with_parent(int(os.environ[_PARENT_PID]))
     listen_fd = os.environ.get(_LISTEN_FD)
     report_fd = int(os.environ[_REPORT_FD])
     return RankEnv(rank, world_size, int(listen_fd) if listen_fd else None, report_fd)
@@ -314,7 +314,12 @@ def signals_raise() -> Iterator[None]:
             signal.signal(signum, handler)
 
 
-def _die_with_parent(parent_pid: int) -> None:
+def die_with_parent(parent_pid: int) -> None:
+    """Let the kernel kill this process when the one that started it ends, whatever ends it.
+
+    Raises:
+        RankLostError: it has ended already.
+    """
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
     if os.getppid() != parent_pid:
         raise RankLostError("the launcher is gone")

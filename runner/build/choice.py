@@ -5,9 +5,9 @@ and bucket by bucket; every time and every reason is kept.
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -34,12 +34,14 @@ class Chooser:
     Attributes:
         backends: the candidates; one: it was named, and what it cannot do is an error.
         max_error_ratio: of a candidate's error to that of eager, for it to pass.
+        seconds_ahead: what building took of artefacts, by key, that others have made for this.
     """
 
     backends: Sequence[Backend]
     builder: BundleBuilder
     device: torch.device
     max_error_ratio: float
+    seconds_ahead: Mapping[str, float] = field(default_factory=dict)
 
     def build(self, work: Work) -> Built:
         """Make the artefacts of a segment that are not there yet, and choose one.
@@ -68,7 +70,8 @@ class Chooser:
                 if len(self.backends) == 1:
                     raise refusal.reason from None
                 candidates.append(Candidate(backend.name, "", note=str(refusal.reason)))
-        seconds = time.monotonic() - started
+        seconds = time.monotonic() - started if made else 0.0
+        seconds += sum(self.seconds_ahead.get(candidate.key, 0.0) for candidate in candidates)
         reason = NAMED
         if len(self.backends) > 1:
             candidates = self._measured(segment, candidates)
@@ -80,7 +83,7 @@ class Chooser:
             self.builder.artefact_folder(chosen.key),
             candidates=tuple(candidates),
             chosen=chosen,
-            seconds=seconds if made else 0.0,
+            seconds=seconds,
             reason=reason,
         )
 

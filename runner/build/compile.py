@@ -11,6 +11,7 @@ from typing import Any
 
 from parallel.context import ParallelContext
 from parallel.launch import RankEnv
+from runner.build.ahead import build_ahead, count_processes
 from runner.build.built import Built
 from runner.build.choice import AUTO, Chooser
 from runner.build.contents import publish, source_of
@@ -129,12 +130,10 @@ def _compile(recipe: Recipe, context: ParallelContext, builder: BundleBuilder) -
     backends = Backends(context.device)
     settings = recipe.job.config.compile
     named = settings.backend
-    chooser = Chooser(
-        [backends[name] for name in (AUTO if named == "auto" else (named,))],
-        builder,
-        context.device,
-        settings.parity.max_error_ratio,
-    )
+    candidates = [backends[name] for name in (AUTO if named == "auto" else (named,))]
+    num_processes = count_processes(context.world.size)
+    seconds = build_ahead(mine, candidates, builder, context, num_processes=num_processes)
+    chooser = Chooser(candidates, builder, context.device, settings.parity.max_error_ratio, seconds)
     progress = Progress(context.rank, len(mine))
     built = [_build_one(chooser, work, progress) for work in mine]
     return gather(Built, built, context.setup)

@@ -9,12 +9,16 @@ from typing import TextIO
 class Progress:
     """One rank's account of its share."""
 
-    def __init__(self, rank: int, total: int, stream: TextIO | None = None) -> None:
+    def __init__(
+        self, rank: int, total: int, stream: TextIO | None = None, *, of: str = "segment"
+    ) -> None:
         """
         Args:
             total: segments that this rank builds.
             stream: None: standard error.
+            of: what is counted.
         """
+        self._of = of
         self._rank = rank
         self._total = total
         self._stream = stream or sys.stderr
@@ -33,12 +37,12 @@ class Progress:
         percent = 100 * self._done / self._total
         if self._stream.isatty():
             line = (
-                f"rank {self._rank}: segment {self._done} of {self._total}, {percent:.0f} %, "
+                f"rank {self._rank}: {self._of} {self._done} of {self._total}, {percent:.0f} %, "
                 f"{elapsed:.0f} s, {remaining:.0f} s to go: {what} ({how})"
             )
         else:
             values = {
-                "event": "segment",
+                "event": self._of,
                 "rank": self._rank,
                 "done": self._done,
                 "total": self._total,

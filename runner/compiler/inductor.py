@@ -80,7 +80,7 @@ class InductorBackend:
                 # PyTorch's own code uses what it deprecates.
                 warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
                 inputs, _ = program.example_inputs
-                options = self._options(_num_rows(segment))
+                options = self._options(segment.num_rows)
                 options["aot_inductor.output_path"] = str(made)
                 torch._inductor.aot_compile(program.module(), inputs, options=options)
             except Exception as error:
@@ -138,12 +138,6 @@ class InductorBackend:
         if self._device.type == "cpu":
             return {}
         return {"aot_inductor.embed_kernel_binary": True, **(_ONE_ROW if num_rows == 1 else {})}
-
-
-def _num_rows(segment: Segment) -> int:
-    """Of its first activation; 0 where it has none, or that is a single number."""
-    shape = segment.activations[0].shape if segment.activations else ()
-    return shape[0] if shape else 0
 
 
 def compiler() -> str:

@@ -10,6 +10,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -57,6 +58,12 @@ class Segment:
         return {name: TensorSpec.of(tensor) for name, tensor in named_tensors(self.module)}
 
     @property
+    def num_rows(self) -> int:
+        """Of its first activation; 0 where it has none, or that is a single number."""
+        shape = self.activations[0].shape if self.activations else ()
+        return shape[0] if shape else 0
+
+    @property
     def inputs(self) -> tuple[TensorSpec, ...]:
         """What its compiled form is called with: the activations, then the weights."""
         return (*self.activations, *self.weights.values())
@@ -95,6 +102,16 @@ class Segment:
             if isinstance(constant, torch.Tensor):
                 digest.update(constant.contiguous().view(torch.uint8).cpu().numpy().tobytes())
         return digest.hexdigest()
+
+
+def save_program(program: torch.export.ExportedProgram, file: Path) -> None:
+    """Write an exported segment, for another process to `torch.export.load`."""
+    # Its example inputs are fake tensors, which only an unsafe load would read back.
+    examples, program.example_inputs = program.example_inputs, None
+    try:
+        torch.export.save(program, file)
+    finally:
+        program.example_inputs = examples
 
 
 def named_tensors(module: nn.Module) -> Iterator[tuple[str, torch.Tensor]]:

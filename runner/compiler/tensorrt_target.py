@@ -20,7 +20,7 @@ import torch
 from parallel.errors import ConfigError, IncompatibleError, PreflightError, UnsupportedSegmentError
 from runner.compiler.backend import Compiled
 from runner.compiler.counter import counted
-from runner.compiler.segment import Segment
+from runner.compiler.segment import Segment, save_program
 from runner.compiler.tensorrt import BuildSettings, make_fingerprint
 from runner.compiler.tensorrt_install import Install, describe_targets, find_install
 
@@ -118,7 +118,7 @@ def run_builder(
     with tempfile.TemporaryDirectory(prefix="shardline-build-") as name:
         desk = Path(name)
         for i, job in enumerate(jobs):
-            _save(job.program, desk / f"{i}.pt2")
+            save_program(job.program, desk / f"{i}.pt2")
         order = {
             "target": target,
             "settings": asdict(settings),
@@ -153,15 +153,6 @@ def _answers(desk: Path) -> Generator[str | None]:
     if process.returncode:
         reason = (complaints or [f"exit code {process.returncode}"])[-1]
         raise PreflightError(f"the builder of TensorRT-RTX does not run on this host: {reason}")
-
-
-def _save(program: torch.export.ExportedProgram, file: Path) -> None:
-    # Its example inputs are fake tensors, which only an unsafe load would read back.
-    examples, program.example_inputs = program.example_inputs, None
-    try:
-        torch.export.save(program, file)
-    finally:
-        program.example_inputs = examples
 
 
 def _check_target(target: str, install: Install) -> None:
