@@ -4,8 +4,9 @@ Turns tokens into text, finds stop strings, and tells a display of every piece o
 is certain. Not here: making the requests (`request_maker`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from runner.engine.control import Control
 from runner.engine.request import Request
@@ -21,11 +22,12 @@ class Completion:
     """One prompt and what has come of it.
 
     Attributes:
+        prompt: as it was given: a text, or the messages of a chat.
         token_ids: generated ids alone, a stop token included.
         finish_reason: None while it goes on.
     """
 
-    prompt: str
+    prompt: str | Sequence[Mapping[str, Any]]
     request: Request
     text: str = ""
     token_ids: list[int] = field(default_factory=list)

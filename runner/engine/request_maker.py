@@ -15,6 +15,7 @@ from runner.planning import DecoderJob
 from runner.text.chat import ChatTemplate
 from runner.text.generation_config import GenerationDefaults
 from runner.text.generation_options import DEFAULT_MAX_TOKENS, GenerationOptions
+from runner.text.stop import StopStrings
 from runner.text.tokenizer import Tokenizer
 
 _SAMPLING = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
@@ -48,6 +49,11 @@ class RequestMaker:
         if isinstance(prompt, str):
             return self.tokenizer.encode(prompt)
         return self.tokenizer.encode(self._template.render(prompt), add_special_tokens=False)
+
+    def check(self, options: GenerationOptions) -> None:
+        """Raises ConfigError: options that no request could have."""
+        self._sampling(options)
+        StopStrings(options.stop or ())
 
     def make(
         self,
