@@ -96,6 +96,9 @@ class BatchFront:
         blocks = (-(-length // block_size) for length in lengths)
         return sum(sorted(blocks, reverse=True)[: self._max_num_seqs])
 
+    def begin(self, max_length: int) -> None:
+        """All lengths are known beforehand; the engine refuses what does not fit."""
+
     def next(self) -> Control:
         """All requests at first; then those that a stop string ended."""
         control = Control(self._unsent, self._aborted, leave=not self._open)

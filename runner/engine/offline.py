@@ -106,7 +106,6 @@ class OfflineFront:
         self._aborted: list[int] = []
         self._num_begun = 0
         self._has_more = True
-        self._started_s: float | None = None
         self._error: ShardlineError | None = None
 
     @contextmanager
@@ -127,10 +126,16 @@ class OfflineFront:
         num_seqs = min(self._max_num_seqs, self.num_lines)
         return num_seqs * -(-self._max_model_len // block_size)
 
+    def begin(self, max_length: int) -> None:
+        """From here on the clock counts."""
+        self._max_length = max_length
+        done = self.folder.num_finished + self.folder.num_failed
+        self._progress = ItemProgress(self.num_lines, done, noun="requests")
+        self._closing.enter_context(self._progress)
+        self._started_s = time.monotonic()
+
     def next(self) -> Control:
         """Prompts for which there is room, and those that a stop string ended."""
-        if self._started_s is None:
-            self._start()
         added: list[Request] = []
         with self._leaving_on_error():
             self.folder.sync()
@@ -149,13 +154,6 @@ class OfflineFront:
                     self._aborted.append(output.request_id)
                 if text.completion.finish_reason:
                     self._finish(output.request_id)
-
-    def _start(self) -> None:
-        """The model is loaded: from here on the clock counts."""
-        done = self.folder.num_finished + self.folder.num_failed
-        self._progress = ItemProgress(self.num_lines, done, noun="requests")
-        self._closing.enter_context(self._progress)
-        self._started_s = time.monotonic()
 
     @contextmanager
     def _leaving_on_error(self) -> Iterator[None]:
@@ -202,6 +200,11 @@ class OfflineFront:
         options = prompt.options.over(self._options)
         prompt_ids = self._maker.encode(prompt.content)
         request = self._maker.make(self._num_begun, prompt_ids, options)
+        if request.max_length > self._max_length:
+            raise ConfigError(
+                f"prompt and completion may take {request.max_length} tokens, but the KV cache "
+                f"holds {self._max_length}; lower max_tokens, or give the cache more memory"
+            )
         completion = Completion(prompt.content, request)
         text = CompletionText(completion, self._maker.tokenizer, stops=options.stop or ())
         self._open[request.request_id] = _Open(prompt, text)
@@ -217,7 +220,6 @@ class OfflineFront:
             self.folder.write(result_of(prompt, answer, model=self._model))
             self.counts.add(answer)
             self._progress.advance()
-        assert self._started_s is not None
         self.counts.seconds = time.monotonic() - self._started_s
 
 

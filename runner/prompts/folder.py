@@ -69,7 +69,7 @@ class PromptFolder:
             "id": bad.id,
             "file": bad.place.file,
             "index": bad.place.line,
-            "error": bad.reason,
+            "error": " ".join(bad.reason.split()),
         }
         self._failures.append(failure)
         self._told.add(bad.place)

@@ -45,7 +45,7 @@ class Prompt:
 
 @dataclass(frozen=True)
 class BadLine:
-    """A line that has no answer, and why, in one line; the id where it could be read."""
+    """A line that has no answer, and why; the id where it could be read."""
 
     place: Place
     id: RequestId | None

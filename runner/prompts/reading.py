@@ -29,12 +29,12 @@ class PromptFiles:
         """
         self._paths: dict[str, Path] = {}
         for path in paths:
-            other = self._paths.setdefault(path.name, path)
-            if other is not path:
+            if other := self._paths.get(path.name):
                 raise ConfigError(
                     f"{other} and {path} are both named {path.name}, and results name their file; "
                     "rename one, or run them into two folders"
                 )
+            self._paths[path.name] = path
         # Every file is opened, also behind one that has lines.
         if not [path for path in paths if next(_lines(path), None)]:
             raise ConfigError(
@@ -52,11 +52,7 @@ class PromptFiles:
 
     def count(self) -> int:
         """How many lines are not blank."""
-        num_lines = 0
-        for path in self._paths.values():
-            with path.open("rb") as file:
-                num_lines += sum(not line.isspace() for line in file)
-        return num_lines
+        return sum(1 for path in self._paths.values() for _ in _lines(path))
 
     def __iter__(self) -> Iterator[Prompt | BadLine]:
         """Every line that is not blank; that of an id that a line before it has is a bad one."""

@@ -49,7 +49,7 @@ def place_of(result: Mapping[str, Any]) -> Place:
     """
     if "index" in result:
         return Place(str(result["file"]), int(result["index"]))
-    line, file = result["id"].removeprefix(f"{_BATCH_REQUEST}_").split("_", maxsplit=1)
+    line, file = str(result["id"]).removeprefix(f"{_BATCH_REQUEST}_").split("_", maxsplit=1)
     return Place(file, int(line))
 
 

@@ -38,6 +38,9 @@ class ListFront:
     def kv_blocks(self, block_size: int) -> int:
         return sum(-(-r.max_length // block_size) for r in self._unsent)
 
+    def begin(self, max_length: int) -> None:
+        """All lengths are known beforehand; the engine refuses what does not fit."""
+
     def next(self) -> Control:
         control = Control(self._unsent, leave=not self._open)
         self._unsent = []
