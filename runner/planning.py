@@ -61,6 +61,13 @@ class DecoderJob(Job):
         return self.config.model.load_format == "dummy"
 
     @property
+    def source_files(self) -> list[Path]:
+        """What the weights are read from; none where they are random, or a bundle's."""
+        if self.has_random_weights or self.bundle:
+            return []
+        return sorted({info.file for info in self.spec.checkpoint.tensors.values()})
+
+    @property
     def buckets(self) -> tuple[int, ...]:
         """Numbers of tokens that compiled steps are padded to."""
         limit = self.config.scheduler.max_num_batched_tokens

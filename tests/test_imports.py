@@ -25,6 +25,7 @@ LEVELS = (
         "runner.compiler",
         "runner.quantize",
         "runner.items",
+        "runner.prompts",
         "runner.models",
         "runner.sources",
         "runner.text",

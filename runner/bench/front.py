@@ -45,6 +45,9 @@ class RoundsFront:
         """Those of the sequences that run at once."""
         return self._workload.kv_blocks(block_size, self._max_num_seqs)
 
+    def begin(self, max_length: int) -> None:
+        """All lengths are known beforehand; the engine refuses what does not fit."""
+
     def next(self) -> Control:
         """A round of requests, if none is under way."""
         if self._unfinished:

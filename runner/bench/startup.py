@@ -59,6 +59,9 @@ class FirstTokenFront:
         self.ends[LOADING] = time.monotonic()
         return self._workload.kv_blocks(block_size, self._max_num_seqs)
 
+    def begin(self, max_length: int) -> None:
+        """All lengths are known beforehand; the engine refuses what does not fit."""
+
     def next(self) -> Control:
         """All requests at first; nothing more until they are complete."""
         self.ends.setdefault(ALLOCATING, time.monotonic())

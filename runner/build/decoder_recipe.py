@@ -21,18 +21,6 @@ from runner.engine.loading import load_artefacts, make_runner, with_backends
 from runner.engine.stage_runner import StageRunner
 from runner.planning import DecoderJob
 
-MODEL_FILES = (
-    "config.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "chat_template.json",
-    "chat_template.jinja",
-)
-"""What of a model's folder a bundle takes along, where it is there."""
-
 
 @dataclass(frozen=True)
 class DecoderRecipe:
@@ -42,9 +30,7 @@ class DecoderRecipe:
 
     @property
     def source_files(self) -> list[Path]:
-        if self.job.has_random_weights:
-            return []
-        return sorted({info.file for info in self.job.spec.checkpoint.tensors.values()})
+        return self.job.source_files
 
     def works(self) -> list[Work]:
         job = self.job
@@ -59,9 +45,8 @@ class DecoderRecipe:
         builder.write_weights(rank, tensors, source=source)
 
     def copy_files(self, builder: BundleBuilder) -> None:
-        folder = self.job.spec.folder
-        names = [name for name in MODEL_FILES if (folder / name).is_file()]
-        builder.copy_model_files(folder, names)
+        spec = self.job.spec
+        builder.copy_model_files(spec.folder, [file.name for file in spec.files])
 
     def portable_config(self, device_type: str) -> dict[str, Any]:
         config: dict[str, Any] = self.job.config.model_dump()

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 _WHAT_RUNS = {
-    "decoder": "is a language model; use shardline generate, or shardline bench",
+    "decoder": "is a language model; use shardline generate, run or bench",
     "graph": "is a tensor model; use shardline run",
 }
 
@@ -129,43 +129,47 @@ def _job_options(
 
 def with_model_options(command: Callable[..., None]) -> Callable[..., None]:
     """Give a command these options before its own; it gets them as `loaded: LoadedConfig`."""
-    return _with_options(
-        command, name="loaded", make=_model_options, shared=_parameters(_model_options)
+    return with_options(
+        command, name="loaded", make=_model_options, shared=parameters_of(_model_options)
     )
 
 
 def with_job_options(
-    kind: Literal["decoder", "graph"],
+    *kinds: Literal["decoder", "graph"],
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
     """The same options and `--bundle`; the command gets `job`, a DecoderJob or a GraphJob.
 
+    Args:
+        kinds: of models that the command takes.
+
     Raises:
-        ConfigError: the model is of the other kind.
+        ConfigError: the model is of another kind.
     """
-    shared = {**_parameters(_job_options), **_parameters(_model_options)}
+    shared = {**parameters_of(_job_options), **parameters_of(_model_options)}
 
     def make(**given: Any) -> "Job":
         job = _job_options(**given)
-        if job.plan.kind != kind:
+        if job.plan.kind not in kinds:
             raise ConfigError(f"{job.plan.architecture} {_WHAT_RUNS[job.plan.kind]}")
         return job
 
-    return partial(_with_options, name="job", make=make, shared=shared)
+    return partial(with_options, name="job", make=make, shared=shared)
 
 
-def _parameters(options: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+def parameters_of(options: Callable[..., Any]) -> dict[str, inspect.Parameter]:
+    """The options that a function declares, without what it passes on to another one."""
     signature = inspect.signature(options).parameters
     return {n: p for n, p in signature.items() if p.kind is not inspect.Parameter.VAR_KEYWORD}
 
 
-def _with_options(
+def with_options(
     command: Callable[..., None],
     *,
     name: str,
     make: Callable[..., Any],
     shared: dict[str, inspect.Parameter],
 ) -> Callable[..., None]:
-    """Put `shared` before the command's own options, and what `make` makes of them into `name`."""
+    """Put `shared` before a command's own options, and what `make` makes of them into `name`."""
     own = inspect.signature(command).parameters
 
     @wraps(command)

@@ -6,6 +6,7 @@ What a rank does is `runner.engine.rank`; starting and watching processes is `pa
 import os
 import sys
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
@@ -52,12 +53,19 @@ def on_ranks(topology: "Topology", run: Callable[["RankEnv"], Result]) -> Result
     return run(env or RankEnv(0, 1))
 
 
-def run_job(job: "DecoderJob", make_front: Callable[[], FrontT]) -> FrontT | None:
+def run_job(
+    job: "DecoderJob",
+    make_front: Callable[[], FrontT],
+    *,
+    hold: Callable[[FrontT], AbstractContextManager[object]] = nullcontext,
+) -> FrontT | None:
     """Run a job to its end.
 
     Args:
         make_front: makes rank 0's source of requests. It is called on rank 0, and in the process
             that starts the ranks: a mistake that it finds is found before there are any.
+        hold: what rank 0 holds, in its own process alone, from before it meets the others until
+            all have ended.
 
     Returns:
         rank 0's front, in the process that was rank 0; None in every other.
@@ -77,7 +85,8 @@ def run_job(job: "DecoderJob", make_front: Callable[[], FrontT]) -> FrontT | Non
     def run(env: "RankEnv") -> FrontT | None:
         from runner.engine.rank import run_rank
 
-        run_rank(job, env, front)
+        with hold(front) if front else nullcontext():
+            run_rank(job, env, front)
         return front
 
     return on_ranks(job.plan.topology, run)

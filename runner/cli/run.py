@@ -1,116 +1,110 @@
-"""`shardline run`: a tensor model over files, each result written once."""
+"""`shardline run`: a model over files, each result written once; a tensor model over arrays and
+pictures, a language model over prompts.
+"""
 
+from collections.abc import Mapping
+from dataclasses import asdict
 from enum import StrEnum
-from functools import cache, partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parallel.errors import IntegrityError
+from parallel.errors import ConfigError
+from runner.cli.generation_options import with_generation_options
 from runner.cli.options import with_job_options
-from runner.cli.ranks import run_graph_job
-from runner.cli.table import plural
+from runner.cli.run_decoder import run_decoder
+from runner.cli.run_graph import run_graph
+from runner.text.generation_options import GenerationOptions
 
 if TYPE_CHECKING:
     from runner.graph_planning import GraphJob
-    from runner.items.formats import Format
-    from runner.items.writing import Summary
-    from runner.pipeline.batch_metrics import BatchSnapshot
-    from runner.pipeline.pipeline import Pipeline
-    from runner.pipeline.rank import Use
+    from runner.planning import DecoderJob
 
 
 class OutputFormat(StrEnum):
-    """What results are written as."""
+    """What results of a tensor model are written as."""
 
     NPZ = "npz"
     NPY = "npy"
     JSON = "json"
 
 
-@with_job_options("graph")
+class Order(StrEnum):
+    """In which order answers of a language model are written."""
+
+    INPUT = "input"
+    COMPLETED = "completed"
+
+
+@with_job_options("decoder", "graph")
+@with_generation_options
 def run(
     *,
-    job: "GraphJob",
+    job: "DecoderJob | GraphJob",
+    options: GenerationOptions,
     inputs: Annotated[
         list[Path],
         typer.Argument(
             metavar="INPUTS...",
-            help="Folders, files (.npy .npz, pictures, .nii .nii.gz), or .txt lists of files.",
+            help="Of a language model JSONL files of prompts; of a tensor model folders, files "
+            "(.npy .npz, pictures, .nii .nii.gz), or .txt lists of files.",
         ),
     ],
     output: Annotated[
         Path, typer.Option("--output", metavar="DIR", help="Where results are written.")
     ],
     output_format: Annotated[
-        OutputFormat, typer.Option("--format", help="npz, npy (one output), or json (small ones).")
-    ] = OutputFormat.NPZ,
+        OutputFormat | None,
+        typer.Option(
+            "--format", help="Of a tensor model: npz (default), npy (one output), json (small)."
+        ),
+    ] = None,
+    order: Annotated[
+        Order | None,
+        typer.Option(
+            "--order",
+            help="Of a language model: input (default) holds answers back until those before them "
+            "are written, and begins no more prompts while 16 x scheduler.max_num_seqs wait; "
+            "completed writes them as they come.",
+        ),
+    ] = None,
     overwrite: Annotated[
         bool, typer.Option("--overwrite", help="Drop the results of another run first.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Compute files with a tensor model; a run that was stopped goes on where it was.
+    """Compute files with a tensor model, or answer files of prompts with a language model.
 
-    An item that cannot be read or computed is recorded in errors.jsonl and does not stop the rest;
-    the command then ends with 4. Starts its own ranks, or joins those that torchrun started.
+    A run that was stopped goes on where it was. An item or a line that cannot be read or computed
+    is recorded in errors.jsonl and does not stop the rest; the command then ends with 4. Starts its
+    own ranks, or joins those that torchrun started.
+
+    A line of prompts is {"prompt": "..."} or {"messages": [...]}, with an id and any of the options
+    of sampling above; or one of OpenAI's batch format. Answers are lines of results.jsonl.
     """
-    from runner.cli.run_text import RunReport
-    from runner.items.extras import require_extras
-    from runner.items.listing import list_items
-    from runner.items.writing import check_output_folder, open_output_folder
-    from runner.pipeline.offline import OfflineRun, outputs_of
+    from runner.planning import DecoderJob
 
-    items = list_items(inputs, output=output)
-    told: list[tuple[Summary, BatchSnapshot]] = []
-
-    def make_use() -> "Use":
-        require_extras(items)
-        work = OfflineRun(job.config, job.plan, items)
-        specs = outputs_of(job.plan)
-        chosen: Format = output_format.value
-        settings = cache(partial(_settings, job))
-        check_output_folder(output, specs, chosen=chosen, settings=settings, overwrite=overwrite)
-
-        def use(pipeline: "Pipeline") -> None:
-            with open_output_folder(
-                output, specs, chosen=chosen, settings=settings(), overwrite=overwrite
-            ) as folder:
-                work.use(pipeline, folder)
-                told.append((folder.summary(items), work.metrics()))
-
-        return use
-
-    ran = run_graph_job(job, make_use)
-    if ran is None:
-        return
-    summary, metrics = told[0]
-    report = RunReport(job.plan, output, summary, metrics, ran)
-    typer.echo(report.to_json() if as_json else report.to_text())
-    if summary.failed:
-        first = next(iter(summary.failed.values()))
-        raise IntegrityError(
-            f"{plural(len(summary.failed), 'item')} of {len(items)} failed, see "
-            f"{output / 'errors.jsonl'}; the first: {first}"
+    if isinstance(job, DecoderJob):
+        _refuse(job, {"--format": output_format})
+        in_order = order is not Order.COMPLETED
+        run_decoder(
+            job, inputs, output, options, in_order=in_order, overwrite=overwrite, as_json=as_json
         )
+    else:
+        given = {f"--{name.replace('_', '-')}": value for name, value in asdict(options).items()}
+        _refuse(job, {"--order": order, **given})
+        chosen = output_format or OutputFormat.NPZ
+        run_graph(job, inputs, output, chosen=chosen.value, overwrite=overwrite, as_json=as_json)
 
 
-def _settings(job: "GraphJob") -> dict[str, Any]:
-    """What decides a result: another model or other settings must not go on in the same folder."""
-    from dataclasses import asdict
-
-    from runner.bundle.source import read_source
-    from runner.pipeline.offline import preprocess_of
-
-    source = job.bundle.manifest.source if job.bundle else read_source(job.source_files)
-    config = job.config
-    return {
-        "model": job.plan.architecture,
-        "load_format": config.model.load_format,
-        "dtype": job.plan.dtype,
-        "factory_args": config.model.factory_args,
-        "source": {name: file.sha256 for name, file in source.items()},
-        "preprocess": asdict(preprocess_of(config)),
-        "tiling": config.tiling.model_dump() if config.tiling else None,
-    }
+def _refuse(job: "DecoderJob | GraphJob", options: Mapping[str, object]) -> None:
+    """Raises ConfigError: an option is given that would do nothing for this kind of model."""
+    this, other = "a language model", "tensor models"
+    if job.plan.kind == "graph":
+        this, other = "a tensor model", "language models"
+    for name, value in options.items():
+        if value is not None:
+            raise ConfigError(
+                f"{name} is for {other}, and {job.plan.architecture} is {this}; leave it out"
+            )

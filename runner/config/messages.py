@@ -7,7 +7,7 @@ from typing import Any
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from runner.config.fields import field_at, literals_of, section_of
+from runner.config.fields import field_at, literals_of
 from runner.config.problems import ContradictionError, Loc, shown
 from runner.config.suggest import meant_key, meant_value
 
@@ -51,8 +51,8 @@ def explain(error: ValidationError, root: type[BaseModel]) -> Iterator[tuple[Loc
 def _missing(root: type[BaseModel], loc: Loc) -> Iterator[tuple[Loc, str]]:
     """A section that is missing is reported by the required keys in it."""
     field = field_at(root, loc)
-    section = section_of(field.annotation) if field else None
-    if section is None:
+    section = field.annotation if field else None
+    if not (isinstance(section, type) and issubclass(section, BaseModel)):
         words = (field.description or "").split() if field else []
         description = " ".join(words).rstrip(".")
         yield loc, f"missing; it is needed: {description[:1].lower()}{description[1:]}"

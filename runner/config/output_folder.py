@@ -1,5 +1,6 @@
 """Whether a command may write the folder that its user named."""
 
+import os
 from pathlib import Path
 
 from parallel.errors import ConfigError
@@ -26,3 +27,15 @@ def check_output_folder(out: Path, *, overwrite: bool, marker: str) -> None:
         raise ConfigError(f"{out} is not empty; name another folder, or use --overwrite")
     if not (out / marker).is_file():
         raise ConfigError(f"{out} has no {marker}, so --overwrite does not replace it")
+
+
+def check_writable(folder: Path) -> None:
+    """Look whether a folder can be written, or made where it is absent.
+
+    Raises:
+        ConfigError: it cannot.
+    """
+    there = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        problem = "cannot be written" if there.is_dir() else "is a file"
+        raise ConfigError(f"{folder} cannot be written: {there} {problem}; name another folder")

@@ -1,15 +1,15 @@
 """Prompts completed as a batch: rank 0's side of `shardline generate`.
 
-Turns text into requests and tokens back into text, finds stop strings, and tells a display of every
-piece of text as soon as it is certain.
+Turns tokens into text, finds stop strings, and tells a display of every piece of text as soon as it
+is certain. Not here: making the requests (`request_maker`).
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
-from parallel.errors import ConfigError, IntegrityError
 from runner.engine.control import Control
-from runner.engine.request import Request, SamplingParams
+from runner.engine.request import Request
 from runner.engine.scheduler import Output
 from runner.engine.sequence import FinishReason
 from runner.text.detokenizer import IncrementalDetokenizer
@@ -22,54 +22,47 @@ class Completion:
     """One prompt and what has come of it.
 
     Attributes:
+        prompt: as it was given: a text, or the messages of a chat.
         token_ids: generated ids alone, a stop token included.
         finish_reason: None while it goes on.
     """
 
-    prompt: str
+    prompt: str | Sequence[Mapping[str, Any]]
     request: Request
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
 
-def make_requests(
-    prompt_ids: Sequence[Sequence[int]],
-    *,
-    vocab_size: int,
-    max_model_len: int,
-    max_tokens: int,
-    sampling: Sequence[SamplingParams],
-    stop_token_ids: frozenset[int],
-) -> list[Request]:
-    """One request a prompt, checked against the model.
+class CompletionText:
+    """The text of a completion while its tokens come: whole characters, up to a stop string."""
 
-    Args:
-        max_tokens: fewer where the model's length leaves less room.
-        sampling: one for each prompt.
+    def __init__(
+        self, completion: Completion, tokenizer: Tokenizer, *, stops: Sequence[str]
+    ) -> None:
+        """
+        Args:
+            stops: strings that end the completion and are not part of it.
+        """
+        self.completion = completion
+        self._detokenizer = IncrementalDetokenizer(
+            tokenizer, prompt_ids=completion.request.prompt_ids
+        )
+        self._stops = StopStrings(stops)
 
-    Raises:
-        ConfigError: a prompt is empty, or leaves no room for a single token.
-        IntegrityError: the tokenizer has ids that the model does not know.
-    """
-    requests = []
-    for index, (ids, params) in enumerate(zip(prompt_ids, sampling, strict=True)):
-        room = max_model_len - len(ids)
-        if not ids:
-            raise ConfigError(f"prompt {index} is empty; give at least one token of text")
-        if room < 1:
-            raise ConfigError(
-                f"prompt {index} has {len(ids)} tokens, but max_model_len={max_model_len} leaves "
-                "no room to generate; shorten the prompt or raise --max-model-len"
-            )
-        if max(ids) >= vocab_size:
-            raise IntegrityError(
-                f"prompt {index} has the token id {max(ids)}, but the model knows {vocab_size} "
-                "ids; tokenizer.json does not belong to this model"
-            )
-        length = min(max_tokens, room)
-        requests.append(Request(index, tuple(ids), length, params, stop_token_ids))
-    return requests
+    def take(self, output: Output) -> bool:
+        """Add a token; returns whether a stop string ended what the engine would go on with."""
+        completion = self.completion
+        completion.token_ids.append(output.token_id)
+        text = self._detokenizer.push(output.token_id)
+        if output.finish_reason:
+            text += self._detokenizer.flush()
+        text, stopped = self._stops.push(text)
+        if not stopped and output.finish_reason:
+            text += self._stops.flush()
+        completion.text += text
+        completion.finish_reason = "stop" if stopped else output.finish_reason
+        return stopped and not output.finish_reason
 
 
 class BatchFront:
@@ -89,12 +82,9 @@ class BatchFront:
             stops: strings that end a completion and are not part of it.
             on_progress: called after every step that produced tokens.
         """
-        self._open = {c.request.request_id: c for c in completions}
-        self._detokenizers = {
-            i: IncrementalDetokenizer(tokenizer, prompt_ids=c.request.prompt_ids)
-            for i, c in self._open.items()
+        self._open = {
+            c.request.request_id: CompletionText(c, tokenizer, stops=stops) for c in completions
         }
-        self._stops = {i: StopStrings(stops) for i in self._open}
         self._max_num_seqs = max_num_seqs
         self._on_progress = on_progress
         self._unsent = [c.request for c in completions]
@@ -102,8 +92,12 @@ class BatchFront:
 
     def kv_blocks(self, block_size: int) -> int:
         """What the longest requests take that could run at once."""
-        blocks = (-(-c.request.max_length // block_size) for c in self._open.values())
+        lengths = (text.completion.request.max_length for text in self._open.values())
+        blocks = (-(-length // block_size) for length in lengths)
         return sum(sorted(blocks, reverse=True)[: self._max_num_seqs])
+
+    def begin(self, max_length: int) -> None:
+        """All lengths are known beforehand; the engine refuses what does not fit."""
 
     def next(self) -> Control:
         """All requests at first; then those that a stop string ended."""
@@ -114,19 +108,10 @@ class BatchFront:
     def take(self, outputs: list[Output]) -> None:
         """Turn a step's tokens into text."""
         for output in outputs:
-            completion = self._open[output.request_id]
-            completion.token_ids.append(output.token_id)
-            text = self._detokenizers[output.request_id].push(output.token_id)
-            if output.finish_reason:
-                text += self._detokenizers[output.request_id].flush()
-            text, stopped = self._stops[output.request_id].push(text)
-            if stopped and not output.finish_reason:
+            text = self._open[output.request_id]
+            if text.take(output):
                 self._aborted.append(output.request_id)
-            if not stopped and output.finish_reason:
-                text += self._stops[output.request_id].flush()
-            completion.text += text
-            completion.finish_reason = "stop" if stopped else output.finish_reason
-            if completion.finish_reason:
+            if text.completion.finish_reason:
                 del self._open[output.request_id]
         if outputs:
             self._on_progress()

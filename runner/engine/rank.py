@@ -26,6 +26,12 @@ class Front(Protocol):
         """How many KV blocks could be asked for at once."""
         ...
 
+    def begin(self, max_length: int) -> None:
+        """The model is loaded, and no request may come to more tokens than this, prompt and
+        completion together.
+        """
+        ...
+
     def next(self) -> Control:
         """What to tell all ranks before the next step."""
         ...
@@ -64,6 +70,8 @@ def run_rank(job: DecoderJob, env: RankEnv, front: Front | None) -> None:
 
 def loop(engine: Engine, front: Front | None) -> None:
     """Step until rank 0 says to leave; every rank of the job runs this."""
+    if front:
+        front.begin(engine.max_length)
     while True:
         message = front.next().encode() if front else None
         control = Control.decode(broadcast_bytes(message, 0, engine.context.world))

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from parallel.errors import IntegrityError
 from runner.items.item import Item, ItemError
+from runner.items.json_lines import cut_torn_line
 
 FAILURES = "errors.jsonl"
 
@@ -30,9 +31,7 @@ class Failures:
     def cut_torn_line(self) -> None:
         """Cut off a line that a killed run did not end, or the next one would go on in it."""
         if self._path.exists():
-            data = self._path.read_bytes()
-            if not data.endswith(b"\n"):
-                os.truncate(self._path, data.rfind(b"\n") + 1)
+            cut_torn_line(self._path)
 
     def last(self) -> dict[str, str]:
         """{item: what was said of it last}.

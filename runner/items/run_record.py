@@ -1,4 +1,5 @@
-"""run.json: what the results of a folder were made with; a folder never holds those of two runs.
+"""run.json: what the results of a folder were made with; a folder never holds those of two runs,
+and one run at a time writes it.
 
 Not here: the results (`writing`), and the bad items (`failures`).
 """
@@ -6,12 +7,14 @@ Not here: the results (`writing`), and the bad items (`failures`).
 import json
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from parallel.errors import ConfigError, IntegrityError
-from runner.bundle.durable import rename
+from runner.bundle.durable import rename, writing
+from runner.bundle.lock import exclusive
 from runner.config.json_file import read_json_object
 
 LOCK = ".lock"
@@ -25,33 +28,58 @@ def partial_of(path: Path) -> Path:
     return path.with_name(f".{path.name}{PARTIAL}")
 
 
-def check_run(folder: Path, settings: Callable[[], Mapping[str, Any]], *, overwrite: bool) -> None:
-    """Look whether `begin_run` would take a folder; nothing is written.
+def check_run_folder(
+    folder: Path, settings: Callable[[], Mapping[str, Any]], *, overwrite: bool
+) -> None:
+    """Look whether `hold_run_folder` would take a folder; nothing is written.
 
     Args:
         settings: asked for only where the folder is of a run already.
 
     Raises:
-        ConfigError: the folder has results of other settings, or is no folder of a run.
+        ConfigError: as there.
     """
+    if folder.is_dir():
+        _check_run(folder, settings, overwrite=overwrite)
+    elif folder.exists():
+        raise ConfigError(f"{folder} is a file; name a folder that is empty or not there yet")
+
+
+@contextmanager
+def hold_run_folder(
+    folder: Path, settings: Mapping[str, Any], *, overwrite: bool
+) -> Iterator[None]:
+    """Make a folder one of this run, hold it locked, and sweep what a killed run left half written.
+
+    Args:
+        settings: JSON values that decide what a result is; a later run must have the same.
+        overwrite: empty a folder of another run first.
+
+    Raises:
+        ConfigError: the folder is of something else.
+        PreflightError: another run writes this folder, or it cannot be written.
+    """
+    check_run_folder(folder, lambda: settings, overwrite=overwrite)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+    with exclusive(folder / LOCK, writer="run", written="folder"):
+        with writing(folder):
+            _begin_run(folder, settings, overwrite=overwrite)
+            _remove_partial_files(folder)
+        yield
+
+
+def _check_run(folder: Path, settings: Callable[[], Mapping[str, Any]], *, overwrite: bool) -> None:
     if not (folder / RECORD).exists():
         _refuse_strange_folder(folder)
     elif not overwrite:
         _refuse_other_settings(folder, json.loads(json.dumps(dict(settings()))))
 
 
-def begin_run(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
-    """Make a folder, which this process has locked, one of this run: a new one, or its own.
-
-    Args:
-        settings: of JSON values.
-        overwrite: remove all that a folder of another run holds.
-
-    Raises:
-        ConfigError: the folder has results of other settings, or is no folder of a run.
-    """
+def _begin_run(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> None:
+    """Of a folder that this process has locked."""
     record = folder / RECORD
-    check_run(folder, lambda: settings, overwrite=overwrite)
+    _check_run(folder, lambda: settings, overwrite=overwrite)
     if record.exists():
         if not overwrite:
             return
@@ -61,7 +89,7 @@ def begin_run(folder: Path, settings: Mapping[str, Any], *, overwrite: bool) -> 
     rename(aside, record)
 
 
-def remove_partial_files(folder: Path) -> None:
+def _remove_partial_files(folder: Path) -> None:
     """What a run that was killed was writing."""
     for where, _, files in os.walk(folder):
         for file in files:

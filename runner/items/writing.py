@@ -12,18 +12,10 @@ from typing import Any
 
 from parallel.errors import ConfigError, InternalError
 from runner.bundle.durable import rename, writing
-from runner.bundle.lock import exclusive
 from runner.items.failures import Failures
 from runner.items.formats import Format, check_format, encode
 from runner.items.item import Item, ItemError
-from runner.items.run_record import (
-    LOCK,
-    RECORD,
-    begin_run,
-    check_run,
-    partial_of,
-    remove_partial_files,
-)
+from runner.items.run_record import RECORD, check_run_folder, hold_run_folder, partial_of
 from runner.items.spec import Array, ArraySpec
 
 
@@ -124,10 +116,7 @@ def check_output_folder(
         ConfigError: as there.
     """
     check_format(chosen, outputs)
-    if folder.is_dir():
-        check_run(folder, lambda: _described(settings(), chosen, outputs), overwrite=overwrite)
-    elif folder.exists():
-        raise ConfigError(f"{folder} is a file; name a folder that is empty or not there yet")
+    check_run_folder(folder, lambda: _described(settings(), chosen, outputs), overwrite=overwrite)
 
 
 @contextmanager
@@ -151,15 +140,9 @@ def open_output_folder(
         ConfigError: the format cannot hold the outputs, or the folder is of something else.
         PreflightError: another run writes this folder, or it cannot be written.
     """
-    check_output_folder(
-        folder, outputs, chosen=chosen, settings=lambda: settings, overwrite=overwrite
-    )
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    with exclusive(folder / LOCK, writer="run", written="folder"):
+    check_format(chosen, outputs)
+    with hold_run_folder(folder, _described(settings, chosen, outputs), overwrite=overwrite):
         with writing(folder):
-            begin_run(folder, _described(settings, chosen, outputs), overwrite=overwrite)
-            remove_partial_files(folder)
             Failures(folder).cut_torn_line()
         yield OutputFolder(folder, chosen, outputs)
 

@@ -18,6 +18,18 @@ LoadFormat = Literal["auto", "dummy"]
 _DTYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
 """Our name for each dtype of a safetensors header that can be loaded."""
 
+_FILES = (
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "chat_template.jinja",
+)
+"""What beside the weights belongs to a model, where it is there."""
+
 _HEADER_DTYPES = {ours: header for header, ours in _DTYPES.items()}
 
 
@@ -57,6 +69,11 @@ class ModelSpec:
         else:
             checkpoint = Checkpoint.open(folder).with_prefix(family.names.prefix)
         return cls(folder, config, layout, checkpoint, load_format)
+
+    @property
+    def files(self) -> list[Path]:
+        """The model's files beside its weights: its config, and what is about text."""
+        return [self.folder / name for name in _FILES if (self.folder / name).is_file()]
 
     @property
     def dtype(self) -> str:

@@ -8,11 +8,11 @@ import torch
 from parallel.context import ParallelContext
 from runner.config.load import load
 from runner.engine.batching import lay_out
-from runner.engine.completion import make_requests
 from runner.engine.control import Control
 from runner.engine.loading import load_stage
 from runner.engine.rank import loop, make_engine
 from runner.engine.request import Request, SamplingParams
+from runner.engine.request_maker import make_request
 from runner.engine.scheduler import Output, Scheduled
 from runner.planning import DecoderJob
 
@@ -38,6 +38,9 @@ class ListFront:
     def kv_blocks(self, block_size: int) -> int:
         return sum(-(-r.max_length // block_size) for r in self._unsent)
 
+    def begin(self, max_length: int) -> None:
+        """All lengths are known beforehand; the engine refuses what does not fit."""
+
     def next(self) -> Control:
         control = Control(self._unsent, leave=not self._open)
         self._unsent = []
@@ -54,14 +57,18 @@ def requests_of(
     job: DecoderJob, prompts: list[list[int]], num_tokens: int, sampling: dict[str, Any]
 ) -> list[Request]:
     """One request a prompt, that nothing ends before its length."""
-    return make_requests(
-        prompts,
-        vocab_size=job.spec.config.vocab_size,
-        max_model_len=job.plan.max_model_len,
-        max_tokens=num_tokens,
-        sampling=[SamplingParams(**sampling)] * len(prompts),
-        stop_token_ids=frozenset(),
-    )
+    return [
+        make_request(
+            index,
+            ids,
+            vocab_size=job.spec.config.vocab_size,
+            max_model_len=job.plan.max_model_len,
+            max_tokens=num_tokens,
+            sampling=SamplingParams(**sampling),
+            stop_token_ids=frozenset(),
+        )
+        for index, ids in enumerate(prompts)
+    ]
 
 
 def complete(

@@ -8,10 +8,9 @@ from checkpoints import add_tokenizer
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from parallel.errors import ConfigError, IntegrityError
-from runner.engine.completion import BatchFront, Completion, make_requests
+from runner.engine.completion import BatchFront, Completion
 from runner.engine.control import Control
-from runner.engine.request import Request, SamplingParams
+from runner.engine.request import Request
 from runner.engine.scheduler import Output
 from runner.engine.sequence import FinishReason
 from runner.text.tokenizer import Tokenizer
@@ -184,41 +183,3 @@ def test_blocks_are_wanted_for_the_longest_that_run_at_once(tokenizer: Tokenizer
     for max_num_seqs, num_blocks in ((1, 5), (2, 8), (3, 11), (9, 11)):
         job = Job(tokenizer, prompts, max_tokens=10, max_num_seqs=max_num_seqs)
         assert job.front.kv_blocks(4) == num_blocks
-
-
-def requests_for(prompt_ids: list[list[int]], max_tokens: int) -> list[Request]:
-    return make_requests(
-        prompt_ids,
-        vocab_size=50,
-        max_model_len=10,
-        max_tokens=max_tokens,
-        sampling=[SamplingParams(seed=index) for index in range(len(prompt_ids))],
-        stop_token_ids=frozenset({EOS}),
-    )
-
-
-def test_requests_keep_their_order_and_what_was_asked() -> None:
-    first, second = requests_for([[5, 6], [7]], 3)
-    assert (first.request_id, second.request_id) == (0, 1)
-    assert (first.prompt_ids, second.prompt_ids) == ((5, 6), (7,))
-    assert first.max_tokens == second.max_tokens == 3
-    assert (first.sampling.seed, second.sampling.seed) == (0, 1)
-    assert first.stop_token_ids == {EOS}
-
-
-@pytest.mark.parametrize(("max_tokens", "expected"), [(100, [7, 1]), (3, [3, 1]), (1, [1, 1])])
-def test_completions_end_at_the_models_length(max_tokens: int, expected: list[int]) -> None:
-    requests = requests_for([[1] * 3, [1] * 9], max_tokens)
-    assert [request.max_tokens for request in requests] == expected
-
-
-def test_prompts_without_room_or_without_tokens_are_refused() -> None:
-    with pytest.raises(ConfigError, match="prompt 1 has 10 tokens, but max_model_len=10 leaves no"):
-        requests_for([[1], [1] * 10], 1)
-    with pytest.raises(ConfigError, match="prompt 0 is empty"):
-        requests_for([[]], 1)
-
-
-def test_a_tokenizer_of_another_model_is_refused() -> None:
-    with pytest.raises(IntegrityError, match="token id 50, but the model knows 50 ids"):
-        requests_for([[1, 50]], 1)
