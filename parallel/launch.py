@@ -124,6 +124,7 @@ def run_ranks(
     *,
     describe: Callable[[int], str],
     environment: Mapping[str, str] = MappingProxyType({}),
+    drains: bool = False,
 ) -> None:
     """Run `command` once a rank and wait; returns when all ranks ended well.
 
@@ -132,6 +133,8 @@ def run_ranks(
     Args:
         describe: a rank's name for messages, such as "rank 2 (stage 1, tp rank 0)".
         environment: what each rank gets beside this process's environment and its own place.
+        drains: the first SIGINT or SIGTERM is passed on to rank 0, which then ends the job in
+            its own time.
 
     Raises:
         ShardlineError: a rank failed; its message names the rank that failed first, its exit code
@@ -145,6 +148,8 @@ def run_ranks(
         stack.callback(_stop, ranks)
         for rank in range(world_size):
             ranks.append(_Rank.start(command, rank, world_size, listener, environment))
+        if drains:
+            stack.enter_context(first_signal_calls(ranks[0].process.terminate))
         _watch(ranks, describe)
 
 
@@ -307,6 +312,25 @@ def signals_raise() -> Iterator[None]:
     previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
     for signum in previous:
         signal.signal(signum, interrupt)
+    try:
+        yield
+    finally:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+
+
+@contextlib.contextmanager
+def first_signal_calls(act: Callable[[], object]) -> Iterator[None]:
+    """The first SIGINT or SIGTERM calls `act`; the next does what it did before."""
+
+    def first(_signum: int, _frame: FrameType | None) -> None:
+        for signum, handler in previous.items():
+            signal.signal(signum, handler)
+        act()
+
+    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    for signum in previous:
+        signal.signal(signum, first)
     try:
         yield
     finally:

@@ -23,6 +23,8 @@ AT_RUN_TIME = {
         "distributed.",
         "kv_cache.gpu_memory_utilization",
         "scheduler.max_num_seqs",
+        "scheduler.max_queue_size",
+        "server.",
     ),
     "graph": (
         "compile.enforce_eager",

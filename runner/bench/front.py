@@ -7,7 +7,7 @@ from runner.bench.floor import DeviceLimits
 from runner.bench.rounds import Repeat, Round, Step
 from runner.bench.workload import Workload
 from runner.engine.control import Control
-from runner.engine.scheduler import Output
+from runner.engine.scheduler import Output, Scheduler
 
 
 class RoundsFront:
@@ -45,7 +45,7 @@ class RoundsFront:
         """Those of the sequences that run at once."""
         return self._workload.kv_blocks(block_size, self._max_num_seqs)
 
-    def begin(self, max_length: int) -> None:
+    def begin(self, scheduler: Scheduler) -> None:
         """All lengths are known beforehand; the engine refuses what does not fit."""
 
     def next(self) -> Control:

@@ -18,7 +18,7 @@ from parallel.errors import ShardlineError
 from parallel.launch import signals_raise
 from runner.bench.workload import Workload
 from runner.engine.control import Control
-from runner.engine.scheduler import Output
+from runner.engine.scheduler import Output, Scheduler
 
 PROCESS, LOADING, ALLOCATING, FIRST_STEP = "process", "loading", "allocating", "first_step"
 """The phases: interpreter, plan and, of several ranks, their processes; importing torch, joining
@@ -59,7 +59,7 @@ class FirstTokenFront:
         self.ends[LOADING] = time.monotonic()
         return self._workload.kv_blocks(block_size, self._max_num_seqs)
 
-    def begin(self, max_length: int) -> None:
+    def begin(self, scheduler: Scheduler) -> None:
         """All lengths are known beforehand; the engine refuses what does not fit."""
 
     def next(self) -> Control:

@@ -21,6 +21,7 @@ from runner.cli.import_model import import_model
 from runner.cli.inspect import inspect
 from runner.cli.plan import plan
 from runner.cli.run import run
+from runner.cli.serve import health, serve
 
 app = typer.Typer(
     name="shardline",
@@ -53,6 +54,8 @@ app.command("plan")(plan)
 app.command("compile")(compile_model)
 app.command("generate")(generate)
 app.command("run")(run)
+app.command("serve")(serve)
+app.command("health")(health)
 app.command("inspect")(inspect)
 app.add_typer(bench, name="bench")
 

@@ -25,11 +25,14 @@ FrontT = TypeVar("FrontT", bound="Front")
 Result = TypeVar("Result")
 
 
-def on_ranks(topology: "Topology", run: Callable[["RankEnv"], Result]) -> Result | None:
+def on_ranks(
+    topology: "Topology", run: Callable[["RankEnv"], Result], *, drains: bool = False
+) -> Result | None:
     """Run something on every rank.
 
     Args:
         run: called in the process of each rank.
+        drains: see `parallel.launch.run_ranks`.
 
     Returns:
         What it returned, in a process that was a rank; None in one that started ranks.
@@ -48,6 +51,7 @@ def on_ranks(topology: "Topology", run: Callable[["RankEnv"], Result]) -> Result
             topology.world_size,
             describe=topology.describe,
             environment=package_environment(),
+            drains=drains,
         )
         return None
     return run(env or RankEnv(0, 1))
@@ -80,7 +84,7 @@ def run_job(
     if env is None or env.rank == 0:
         front = make_front()
         if env is None or env.report_fd is None:
-            _say_what_runs(job)
+            say_what_runs(job)
 
     def run(env: "RankEnv") -> FrontT | None:
         from runner.engine.rank import run_rank
@@ -111,7 +115,7 @@ def run_graph_job(job: "GraphJob", make_use: "Callable[[], Use]") -> "PipelineRe
     if env is None or env.rank == 0:
         use = make_use()
         if env is None or env.report_fd is None:
-            _say_what_runs(job)
+            say_what_runs(job)
 
     def run(env: "RankEnv") -> "PipelineReport | None":
         from runner.pipeline.rank import run_graph_rank
@@ -133,7 +137,8 @@ def package_environment() -> dict[str, str]:
     return {"PYTHONPATH": f"{root}{os.pathsep}{inherited}" if inherited else root}
 
 
-def _say_what_runs(job: "Job") -> None:
+def say_what_runs(job: "Job") -> None:
+    """A line on standard error, before anything is loaded."""
     plan = job.plan
     sys.stderr.write(
         f"shardline: {_how(job)}, {plan.dtype}, {plural(len(plan.ranks), 'rank')}, "

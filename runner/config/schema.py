@@ -81,7 +81,7 @@ class SchedulerConfig(Section):
     """Milliseconds that a sample waits for others of its shape; 0 means not at all."""
 
     max_queue_size: Count = 256
-    """Most samples that wait."""
+    """Most samples of a tensor model, or requests to a server, that wait."""
 
     @model_validator(mode="after")
     def _sizes_agree(self) -> SchedulerConfig:
@@ -142,6 +142,31 @@ class TilingConfig(Section):
     """Width of the gaussian, as a share of roi_size."""
 
 
+class ServerConfig(Section):
+    """How `shardline serve` meets its clients."""
+
+    host: Text = "127.0.0.1"
+    """Address to listen at; 0.0.0.0 means every network of this host."""
+
+    port: Annotated[int, Field(ge=0, le=65535)] = 8000
+    """Port to listen at; 0 means any that is free."""
+
+    model_name: Text | None = None
+    """What clients call the model; null means the name of its folder."""
+
+    api_key_file: Text | None = None
+    """File with the key that clients must send; null means that none is asked for."""
+
+    max_request_bytes: Count = 2097152
+    """Most bytes of a request's body."""
+
+    request_timeout_s: Seconds | None = None
+    """Seconds that a request may take, waiting included; null means any time."""
+
+    shutdown_timeout_s: Seconds = 60.0
+    """Seconds that open requests have to finish after SIGTERM."""
+
+
 class SecurityConfig(Section):
     """What the configuration may make run."""
 
@@ -162,6 +187,7 @@ class RunnerConfig(Section):
     kv_cache: KVCacheConfig = Field(default_factory=KVCacheConfig)
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     tiling: TilingConfig | None = None
+    server: ServerConfig = Field(default_factory=ServerConfig)
     security: SecurityConfig = Field(default_factory=SecurityConfig)
 
     @field_validator("version", mode="before")

@@ -10,7 +10,7 @@ from typing import Any
 
 from runner.engine.control import Control
 from runner.engine.request import Request
-from runner.engine.scheduler import Output
+from runner.engine.scheduler import Output, Scheduler
 from runner.engine.sequence import FinishReason
 from runner.text.detokenizer import IncrementalDetokenizer
 from runner.text.stop import StopStrings
@@ -96,7 +96,7 @@ class BatchFront:
         blocks = (-(-length // block_size) for length in lengths)
         return sum(sorted(blocks, reverse=True)[: self._max_num_seqs])
 
-    def begin(self, max_length: int) -> None:
+    def begin(self, scheduler: Scheduler) -> None:
         """All lengths are known beforehand; the engine refuses what does not fit."""
 
     def next(self) -> Control:

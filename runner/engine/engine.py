@@ -29,11 +29,6 @@ class Engine:
         return self.stage_runner.context
 
     @property
-    def max_length(self) -> int:
-        """Tokens of the longest sequence that the KV cache can hold."""
-        return self.stage_runner.num_blocks * self.block_size
-
-    @property
     def has_work(self) -> bool:
         return self.scheduler.has_work
 

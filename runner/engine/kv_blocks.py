@@ -28,6 +28,11 @@ class BlockPool:
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
 
+    @property
+    def usage(self) -> float:
+        """Share of the blocks that somebody holds."""
+        return 1 - len(self._free) / self.num_blocks
+
     def blocks_for(self, num_tokens: int) -> int:
         return -(-num_tokens // self.block_size)
 

@@ -14,7 +14,7 @@ from runner.engine.completion import Completion, CompletionText
 from runner.engine.control import Control
 from runner.engine.request import Request
 from runner.engine.request_maker import RequestMaker
-from runner.engine.scheduler import Output
+from runner.engine.scheduler import Output, Scheduler
 from runner.items.progress import ItemProgress
 from runner.prompts.folder import PromptFolder
 from runner.prompts.prompt import Answer, BadLine, Prompt
@@ -126,9 +126,9 @@ class OfflineFront:
         num_seqs = min(self._max_num_seqs, self.num_lines)
         return num_seqs * -(-self._max_model_len // block_size)
 
-    def begin(self, max_length: int) -> None:
+    def begin(self, scheduler: Scheduler) -> None:
         """From here on the clock counts."""
-        self._max_length = max_length
+        self._max_length = scheduler.max_length
         done = self.folder.num_finished + self.folder.num_failed
         self._progress = ItemProgress(self.num_lines, done, noun="requests")
         self._closing.enter_context(self._progress)

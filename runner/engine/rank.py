@@ -26,10 +26,8 @@ class Front(Protocol):
         """How many KV blocks could be asked for at once."""
         ...
 
-    def begin(self, max_length: int) -> None:
-        """The model is loaded, and no request may come to more tokens than this, prompt and
-        completion together.
-        """
+    def begin(self, scheduler: Scheduler) -> None:
+        """The model is loaded; no request may come to more tokens than `scheduler.max_length`."""
         ...
 
     def next(self) -> Control:
@@ -71,7 +69,7 @@ def run_rank(job: DecoderJob, env: RankEnv, front: Front | None) -> None:
 def loop(engine: Engine, front: Front | None) -> None:
     """Step until rank 0 says to leave; every rank of the job runs this."""
     if front:
-        front.begin(engine.max_length)
+        front.begin(engine.scheduler)
     while True:
         message = front.next().encode() if front else None
         control = Control.decode(broadcast_bytes(message, 0, engine.context.world))

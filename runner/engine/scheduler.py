@@ -37,6 +37,25 @@ class Output:
     finish_reason: FinishReason | None
 
 
+@dataclass(frozen=True)
+class Load:
+    """How busy a scheduler is.
+
+    Attributes:
+        cache_usage: share of the KV blocks that sequences hold.
+        num_preempted: sequences that gave way, so far.
+        prompt_tokens, cached_tokens: of admitted sequences, so far: all of them, and those whose
+            keys and values were known already.
+    """
+
+    num_running: int
+    num_waiting: int
+    cache_usage: float
+    num_preempted: int
+    prompt_tokens: int
+    cached_tokens: int
+
+
 @dataclass
 class _Step:
     """A step that is being put together."""
@@ -74,6 +93,22 @@ class Scheduler:
         self._rope_switch_length = rope_switch_length
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
+        self._num_preempted = self._prompt_tokens = self._cached_tokens = 0
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest sequence that the cache can hold."""
+        return self._pool.num_blocks * self._pool.block_size
+
+    def load(self) -> Load:
+        return Load(
+            num_running=len(self._running),
+            num_waiting=len(self._waiting),
+            cache_usage=self._pool.usage,
+            num_preempted=self._num_preempted,
+            prompt_tokens=self._prompt_tokens,
+            cached_tokens=self._cached_tokens,
+        )
 
     @property
     def has_work(self) -> bool:
@@ -151,6 +186,8 @@ class Scheduler:
             return False
         sequence.blocks = shared + others
         sequence.num_computed = sequence.num_published = len(shared) * block_size
+        self._prompt_tokens += num_tokens
+        self._cached_tokens += sequence.num_computed
         return True
 
     def _grow(self, sequence: Sequence) -> bool:
@@ -164,6 +201,7 @@ class Scheduler:
         missing = self._pool.blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
         while (blocks := self._pool.take(missing)) is None:
             last = self._running.pop()
+            self._num_preempted += 1
             self._release(last)
             self._waiting.appendleft(last)
             if last is sequence:

@@ -13,7 +13,7 @@ from runner.engine.loading import load_stage
 from runner.engine.rank import loop, make_engine
 from runner.engine.request import Request, SamplingParams
 from runner.engine.request_maker import make_request
-from runner.engine.scheduler import Output, Scheduled
+from runner.engine.scheduler import Output, Scheduled, Scheduler
 from runner.planning import DecoderJob
 
 
@@ -38,7 +38,7 @@ class ListFront:
     def kv_blocks(self, block_size: int) -> int:
         return sum(-(-r.max_length // block_size) for r in self._unsent)
 
-    def begin(self, max_length: int) -> None:
+    def begin(self, scheduler: Scheduler) -> None:
         """All lengths are known beforehand; the engine refuses what does not fit."""
 
     def next(self) -> Control:

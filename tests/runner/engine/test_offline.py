@@ -13,9 +13,10 @@ from checkpoints import add_tokenizer, make_checkpoint
 from parallel.errors import PreflightError
 from runner.config.load import load
 from runner.engine.control import Control
+from runner.engine.kv_blocks import BlockPool
 from runner.engine.offline import BATCHES_HELD_BACK, OfflineFront
 from runner.engine.request_maker import RequestMaker
-from runner.engine.scheduler import Output
+from runner.engine.scheduler import Output, Scheduler
 from runner.planning import DecoderJob
 from runner.prompts.folder import open_prompt_folder
 from runner.prompts.reading import PromptFiles
@@ -57,7 +58,8 @@ class Run:
             max_model_len=128,
         )
         with front.hold():
-            front.begin(max_length)
+            pool = BlockPool(max_length, 1)
+            front.begin(Scheduler(pool, max_num_seqs=1, max_num_batched_tokens=1))
             yield front
 
     def say(self, front: OfflineFront, request_id: int, text: str, *, ends: bool = True) -> None:
@@ -217,14 +219,19 @@ def test_a_disk_that_is_full_lets_the_others_leave_first(run: Run) -> None:
     """A limit on the size of files ends a write as a full disk does."""
     run.write(*prompts(2))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    with pytest.raises(PreflightError, match="File too large"), run.front() as front:
-        front.next()
-        try:
-            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-            run.say(front, 0, "a")
-        finally:
-            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-        assert front.next() == Control(leave=True)
+
+    def write_on_a_full_disk() -> None:
+        with run.front() as front:
+            front.next()
+            try:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+                run.say(front, 0, "a")
+            finally:
+                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+            assert front.next() == Control(leave=True)
+
+    with pytest.raises(PreflightError, match="File too large"):
+        write_on_a_full_disk()
     assert run.results() == []
 
 

@@ -1,0 +1,53 @@
+"""`shardline serve`: a language model behind OpenAI's API; `shardline health`: ask how it is."""
+
+import sys
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from parallel.errors import PreflightError
+from runner.cli.options import with_job_options
+from runner.cli.ranks import on_ranks, say_what_runs
+
+if TYPE_CHECKING:
+    from runner.planning import DecoderJob
+
+
+@with_job_options("decoder")
+def serve(*, job: "DecoderJob") -> None:
+    """Serve a language model over HTTP until SIGTERM or Ctrl-C; open requests are finished.
+
+    Where to listen, the key, and limits are keys of the configuration's section server, such as
+    --set server.port=9000. Starts its own ranks, or joins those that torchrun started.
+    """
+    from parallel.launch import adopt
+
+    try:
+        from runner.serve.rank import check_server, serve_rank
+    except ModuleNotFoundError as error:
+        raise PreflightError(
+            f"serve needs {error.name}; install the extra: pip install 'shardline[serve]'"
+        ) from None
+    if adopt() is None:
+        check_server(job)
+        say_what_runs(job)
+    on_ranks(job.plan.topology, partial(serve_rank, job), drains=True)
+
+
+def health(
+    url: Annotated[
+        str, typer.Option("--url", help="Where the server listens.")
+    ] = "http://127.0.0.1:8000",
+    timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait.")] = 5.0,
+) -> None:
+    """Ask a server whether it is ready; ends with 0 if it is, and 1 if not."""
+    from urllib.error import URLError
+    from urllib.request import urlopen
+
+    try:
+        with urlopen(f"{url.rstrip('/')}/health/ready", timeout=timeout_s) as answer:
+            typer.echo(answer.read().decode())
+    except (URLError, OSError, ValueError) as error:
+        typer.echo(f"not ready: {error}", err=True)
+        sys.exit(1)

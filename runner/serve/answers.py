@@ -1,0 +1,110 @@
+"""Answers in the shape of OpenAI's: whole, or as the events of a stream."""
+
+import json
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any, Literal
+from uuid import uuid4
+
+from runner.serve.errors import ApiError
+from runner.serve.ticket import Piece, Ticket
+
+Kind = Literal["chat", "text"]
+
+_OBJECTS = {
+    ("chat", False): "chat.completion",
+    ("chat", True): "chat.completion.chunk",
+    ("text", False): "text_completion",
+    ("text", True): "text_completion",
+}
+_PREFIXES = {"chat": "chatcmpl", "text": "cmpl"}
+
+
+@dataclass(frozen=True)
+class Answer:
+    """The answer to one request."""
+
+    kind: Kind
+    model: str
+    ticket: Ticket
+    id: str = field(default_factory=lambda: uuid4().hex)
+    created: int = field(default_factory=lambda: int(time.time()))
+
+    async def whole(self) -> dict[str, Any]:
+        """All of it, when it is complete.
+
+        Raises:
+            ApiError: it will not be.
+        """
+        async for piece in self._pieces():
+            if piece.error:
+                raise piece.error
+        completion = self.ticket.completion
+        content: dict[str, Any] = {"text": completion.text}
+        if self.kind == "chat":
+            content = {"message": {"role": "assistant", "content": completion.text}}
+        return self._envelope(content, completion.finish_reason, streamed=False) | {
+            "usage": self._usage()
+        }
+
+    async def events(self, *, include_usage: bool) -> AsyncIterator[str]:
+        """Server-sent events, the last of them [DONE]; an error is an event, too."""
+        if self.kind == "chat":
+            yield self._event(self._chunk({"role": "assistant", "content": ""}, None))
+        async for piece in self._pieces():
+            if piece.error:
+                yield self._event(piece.error.body())
+                return
+            delta = {"content": piece.text} if piece.text else {}
+            yield self._event(self._chunk(delta, piece.finish_reason))
+        if include_usage:
+            last = self._envelope({}, None, streamed=True)
+            yield self._event(last | {"choices": [], "usage": self._usage()})
+        yield "data: [DONE]\n\n"
+
+    async def _pieces(self) -> AsyncIterator[Piece]:
+        while True:
+            piece = await self.ticket.pieces.get()
+            yield piece
+            if piece.is_last:
+                return
+
+    def _chunk(self, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
+        content = {"delta": delta} if self.kind == "chat" else {"text": delta.get("content", "")}
+        return self._envelope(content, finish_reason, streamed=True)
+
+    def _envelope(
+        self, content: dict[str, Any], finish_reason: str | None, *, streamed: bool
+    ) -> dict[str, Any]:
+        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+        return {
+            "id": f"{_PREFIXES[self.kind]}-{self.id}",
+            "object": _OBJECTS[self.kind, streamed],
+            "created": self.created,
+            "model": self.model,
+            "choices": [choice],
+        }
+
+    def _usage(self) -> dict[str, int]:
+        completion = self.ticket.completion
+        asked, answered = len(completion.request.prompt_ids), len(completion.token_ids)
+        return {
+            "prompt_tokens": asked,
+            "completion_tokens": answered,
+            "total_tokens": asked + answered,
+        }
+
+    @staticmethod
+    def _event(values: dict[str, Any]) -> str:
+        return f"data: {json.dumps(values)}\n\n"
+
+
+def no_such_model(asked: str, served: str) -> ApiError:
+    """What OpenAI's clients know."""
+    return ApiError(
+        404,
+        f"the model {asked!r} does not exist; this server has {served!r}",
+        param="model",
+        code="model_not_found",
+    )

@@ -1,0 +1,77 @@
+"""What every request must pass: its key, and the size of its body."""
+
+import hmac
+from pathlib import Path
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from parallel.errors import ConfigError
+from runner.serve.errors import ApiError
+
+
+def read_key(file: str | None) -> str | None:
+    """The key that clients must send; None: none.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no key.
+    """
+    if file is None:
+        return None
+    try:
+        key = Path(file).read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"server.api_key_file: cannot read {file}: {error}") from None
+    if not key:
+        raise ConfigError(f"server.api_key_file: {file} is empty; write the key into it")
+    return key
+
+
+class Guard:
+    """Refuses requests before a route sees them; health needs no key."""
+
+    def __init__(self, app: ASGIApp, *, key: str | None, max_bytes: int) -> None:
+        """
+        Args:
+            max_bytes: of a request's body.
+        """
+        self._app = app
+        self._key = key
+        self._max_bytes = max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        try:
+            self._check_key(scope)
+            await self._app(scope, await self._whole(receive), send)
+        except ApiError as error:
+            await error.response()(scope, receive, send)
+
+    def _check_key(self, scope: Scope) -> None:
+        if self._key is None or scope["path"].startswith("/health"):
+            return
+        sent = dict(scope["headers"]).get(b"authorization", b"")
+        if not hmac.compare_digest(sent, f"Bearer {self._key}".encode()):
+            raise ApiError(401, "no key, or a wrong one; send Authorization: Bearer KEY")
+
+    async def _whole(self, receive: Receive) -> Receive:
+        """The body read to its end, so that no route reads more than it may."""
+        parts: list[bytes] = []
+        size = 0
+        while True:
+            message = await receive()
+            if message["type"] == "http.disconnect":
+                break
+            parts.append(message.get("body", b""))
+            size += len(parts[-1])
+            if size > self._max_bytes:
+                raise ApiError(413, f"the body is larger than {self._max_bytes} bytes")
+            if not message.get("more_body"):
+                break
+        told = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
+
+        async def again() -> Message:
+            return told.pop() if told else await receive()
+
+        return again

@@ -1,0 +1,138 @@
+"""OpenAI's routes: models, completions and chat completions."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator, Mapping, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response
+from fastapi.responses import JSONResponse, StreamingResponse
+from starlette.concurrency import run_in_threadpool
+
+from parallel.errors import ConfigError
+from runner.engine.request_maker import RequestMaker
+from runner.serve.answers import Answer, Kind, no_such_model
+from runner.serve.bodies import ChatRequest, CompletionRequest, parse_body
+from runner.serve.errors import ApiError
+from runner.serve.front import ServeFront
+
+
+class OpenAIRoutes:
+    """Answers requests about one model."""
+
+    def __init__(
+        self, front: ServeFront, maker: RequestMaker, *, model: str, vocab_size: int
+    ) -> None:
+        self._front = front
+        self._maker = maker
+        self._model = model
+        self._vocab_size = vocab_size
+        self._created = int(time.time())
+        self.router = APIRouter(prefix="/v1")
+        self.router.add_api_route("/models", self.models, methods=["GET"])
+        self.router.add_api_route("/models/{name:path}", self.model, methods=["GET"])
+        self.router.add_api_route("/completions", self.complete, methods=["POST"])
+        self.router.add_api_route("/chat/completions", self.chat, methods=["POST"])
+
+    async def models(self) -> JSONResponse:
+        """The one model that there is."""
+        return JSONResponse({"object": "list", "data": [self._card()]})
+
+    async def model(self, name: str) -> JSONResponse:
+        """The same by its name."""
+        self._check_model(name)
+        return JSONResponse(self._card())
+
+    async def complete(self, request: Request) -> Response:
+        """Continue a text."""
+        body = parse_body(CompletionRequest, await request.body())
+        return await self._answer(request, body, "text", body.prompt)
+
+    async def chat(self, request: Request) -> Response:
+        """Continue a chat."""
+        body = parse_body(ChatRequest, await request.body())
+        return await self._answer(request, body, "chat", body.content())
+
+    async def _answer(
+        self,
+        request: Request,
+        body: ChatRequest | CompletionRequest,
+        kind: Kind,
+        prompt: str | Sequence[int] | Sequence[Mapping[str, Any]],
+    ) -> Response:
+        self._check_model(body.model)
+        if body.stream_options and not body.stream:
+            raise ApiError(400, "stream_options is for streams; set stream", param="stream_options")
+        try:
+            options = body.options()
+            self._maker.check(options)
+            ids = await run_in_threadpool(self._ids, prompt)
+            ticket = self._front.submit(ids, options, body.timeout)
+        except ConfigError as error:
+            raise ApiError(400, str(error)) from None
+        answer = Answer(kind, self._model, ticket)
+        if body.stream:
+            include_usage = bool(body.stream_options and body.stream_options.include_usage)
+            events = self._until_closed(answer, include_usage=include_usage)
+            return StreamingResponse(events, media_type="text/event-stream")
+        try:
+            return JSONResponse(await unless_gone(request, answer.whole()))
+        finally:
+            self._front.cancel(ticket)
+
+    async def _until_closed(self, answer: Answer, *, include_usage: bool) -> AsyncIterator[str]:
+        """The events; a client that leaves ends its request."""
+        try:
+            async for event in answer.events(include_usage=include_usage):
+                yield event
+        finally:
+            self._front.cancel(answer.ticket)
+
+    def _ids(self, prompt: str | Sequence[int] | Sequence[Mapping[str, Any]]) -> list[int]:
+        if isinstance(prompt, str) or not all(isinstance(part, int) for part in prompt):
+            return self._maker.encode(prompt)  # type: ignore[arg-type]
+        ids: list[int] = list(prompt)  # type: ignore[arg-type]
+        for token_id in ids:
+            if not 0 <= token_id < self._vocab_size:
+                raise ConfigError(
+                    f"prompt: {token_id} is no token id; use 0 to {self._vocab_size - 1}"
+                )
+        return ids
+
+    def _check_model(self, asked: str | None) -> None:
+        if asked not in (None, self._model):
+            raise no_such_model(str(asked), self._model)
+
+    def _card(self) -> dict[str, Any]:
+        return {
+            "id": self._model,
+            "object": "model",
+            "created": self._created,
+            "owned_by": "shardline",
+        }
+
+
+async def unless_gone(request: Request, work: Any) -> Any:
+    """What `work` comes to, unless the client leaves before.
+
+    Raises:
+        ApiError: it has left; nobody reads the answer.
+    """
+    answering = asyncio.ensure_future(work)
+    leaving = asyncio.ensure_future(_gone(request))
+    try:
+        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
+        if answering.done():
+            return answering.result()
+        raise ApiError(499, "the client has gone")
+    finally:
+        for task in (answering, leaving):
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError, ApiError):
+                await task
+
+
+async def _gone(request: Request) -> None:
+    while (await request.receive())["type"] != "http.disconnect":
+        pass

@@ -1,0 +1,70 @@
+"""`Ticket`: one request between the engine's thread, which adds to it, and the server's, which
+reads it.
+"""
+
+import asyncio
+import contextlib
+import time
+from dataclasses import dataclass, field
+
+from runner.engine.completion import Completion, CompletionText
+from runner.engine.scheduler import Output
+from runner.serve.errors import ApiError
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What has been added to an answer.
+
+    Attributes:
+        finish_reason: of the last piece.
+        error: why there is no more; the last piece.
+    """
+
+    text: str = ""
+    finish_reason: str | None = None
+    error: ApiError | None = None
+
+    @property
+    def is_last(self) -> bool:
+        return self.finish_reason is not None or self.error is not None
+
+
+@dataclass
+class Ticket:
+    """A request on its way.
+
+    Attributes:
+        deadline: on `time.monotonic`'s clock; None: it may take any time.
+        arrived, first, last: when it came, and its first and latest tokens; on that clock.
+    """
+
+    text: CompletionText
+    deadline: float | None
+    loop: asyncio.AbstractEventLoop
+    pieces: "asyncio.Queue[Piece]" = field(default_factory=asyncio.Queue)
+    arrived: float = field(default_factory=time.monotonic)
+    first: float | None = None
+    last: float | None = None
+
+    @property
+    def completion(self) -> Completion:
+        return self.text.completion
+
+    @property
+    def request_id(self) -> int:
+        return self.completion.request.request_id
+
+    def take(self, output: Output) -> bool:
+        """Add a token; returns whether a stop string ended what the engine would go on with."""
+        known = len(self.completion.text)
+        stopped = self.text.take(output)
+        piece = Piece(self.completion.text[known:], self.completion.finish_reason)
+        if piece.text or piece.is_last:
+            self.put(piece)
+        return stopped
+
+    def put(self, piece: Piece) -> None:
+        """Hand a piece to the server's thread, whatever its reader does."""
+        with contextlib.suppress(RuntimeError):  # The server has ended.
+            self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)

@@ -1,0 +1,320 @@
+"""`shardline serve` and its clients: the openai package, and some that do not behave."""
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import httpx
+import openai
+import pytest
+from checkpoints import add_tokenizer, make_checkpoint
+from processes import processes_naming, run_command
+from servers import Server
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
+
+TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
+LONG = 3000
+"""Tokens of an answer that takes seconds."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("served") / "tiny"
+    folder.mkdir()
+    # Nothing but its length ends an answer.
+    changes = {"vocab_size": 259, "max_position_embeddings": 4096, "eos_token_id": None}
+    make_checkpoint("llama", folder, **changes)
+    (folder / "chat_template.jinja").write_text(TEMPLATE)
+    return add_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def server(model: Path) -> Iterator[Server]:
+    """One rank."""
+    with Server.start(model, "--set", "server.max_request_bytes=20000") as server:
+        yield server
+
+
+def complete(server: Server, prompt: str, max_tokens: int = 12, **more: Any) -> Any:
+    return server.client().completions.create(
+        model="tiny", prompt=prompt, max_tokens=max_tokens, temperature=0, **more
+    )
+
+
+def wait_for(condition: Any, *, seconds: float = 10) -> None:
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def test_answers_are_those_of_generate(server: Server, model: Path) -> None:
+    given = ["--model", str(model), "--device", "cpu", "--max-tokens", "12", "--temperature", "0"]
+    done = run_command("generate", *given, "--prompt", "one", "--json")
+    expected = json.loads(done.stdout)["text"]
+    answer = complete(server, "one")
+    assert answer.choices[0].text == expected
+    assert answer.choices[0].finish_reason == "length"
+    assert (answer.usage.prompt_tokens, answer.usage.completion_tokens) == (3, 12)
+    assert complete(server, [ord_id(c) for c in "one"]).choices[0].text == expected
+    events = list(complete(server, "one", stream=True, stream_options={"include_usage": True}))
+    assert "".join(event.choices[0].text for event in events[:-1]) == expected
+    assert len(events) > 4
+    assert events[-2].choices[0].finish_reason == "length"
+    assert events[-1].usage.total_tokens == 15
+    done = run_command("generate", *given, "--prompt", "one", "--chat", "--json")
+    expected = json.loads(done.stdout)["text"]
+    asked: Any = {"messages": [{"role": "user", "content": "one"}], "max_completion_tokens": 12}
+    chats = server.client().chat.completions
+    chat = chats.create(model="tiny", temperature=0, **asked)
+    assert chat.choices[0].message.content == expected
+    deltas = [
+        e.choices[0].delta for e in chats.create(model="tiny", temperature=0, stream=True, **asked)
+    ]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == expected
+
+
+def ord_id(character: str) -> int:
+    """The token id of an ASCII letter, as `add_tokenizer` numbers them."""
+    from tokenizers import pre_tokenizers
+
+    return 3 + sorted(pre_tokenizers.ByteLevel.alphabet()).index(character)
+
+
+def test_a_stop_string_may_cross_tokens(server: Server) -> None:
+    whole = complete(server, "stop here", 40).choices[0].text
+    stop = whole[6:9]
+    answer = complete(server, "stop here", 40, stop=[stop])
+    assert answer.choices[0].text == whole[: whole.index(stop)]
+    assert answer.choices[0].finish_reason == "stop"
+    events = list(complete(server, "stop here", 40, stop=stop, stream=True))
+    assert "".join(e.choices[0].text for e in events) == whole[: whole.index(stop)]
+
+
+def test_many_at_once_get_what_each_gets_alone(model: Path) -> None:
+    """On two stages of two ranks, with fewer places than requests."""
+    cut = ["-tp", "2", "-pp", "2", "--set", "scheduler.max_num_seqs=16"]
+    with Server.start(model, *cut) as server:
+        prompts = [f"{'x' * (n % 40)}{n}" for n in range(64)]
+        alone = [
+            complete(server, prompt, 4 + n % 9).choices[0].text for n, prompt in enumerate(prompts)
+        ]
+        with ThreadPoolExecutor(64) as pool:
+            together = pool.map(lambda n: complete(server, prompts[n], 4 + n % 9), range(64))
+            assert [answer.choices[0].text for answer in together] == alone
+        wait_for(lambda: server.metric("kv_cache_usage_perc") == 0)
+        assert server.metric("prefix_cache_hits") > 0
+        assert server.metric("generation_tokens_total") == 2 * sum(4 + n % 9 for n in range(64))
+        server.terminate()
+        assert server.process.wait(20) == 0, "".join(server.said)
+
+
+def test_a_client_that_leaves_frees_its_blocks(server: Server) -> None:
+    stream = complete(server, "gone", LONG, stream=True)
+    next(iter(stream))
+    assert server.metric("num_requests_running") == 1
+    stream.close()
+    wait_for(lambda: server.metric("kv_cache_usage_perc") == 0, seconds=3)
+    with pytest.raises(httpx.ReadTimeout):
+        httpx.post(
+            f"{server.url}/v1/completions",
+            json={"prompt": "gone", "max_tokens": LONG},
+            timeout=0.5,
+        )
+    wait_for(lambda: server.metric("kv_cache_usage_perc") == 0, seconds=3)
+
+
+def test_a_request_that_takes_too_long_is_ended(server: Server) -> None:
+    with pytest.raises(openai.APIStatusError) as caught:
+        complete(server, "late", LONG, extra_body={"timeout": 0.3})
+    assert caught.value.status_code == 408
+    wait_for(lambda: server.metric("kv_cache_usage_perc") == 0, seconds=3)
+
+
+def test_a_client_that_never_reads_holds_nobody_up(server: Server) -> None:
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps({"prompt": "slow", "max_tokens": LONG, "stream": True})
+    with socket.create_connection((host, int(port))) as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        silent.sendall((head + body).encode())
+        wait_for(lambda: server.metric("num_requests_running") == 1)
+        assert complete(server, "quick").choices[0].finish_reason == "length"
+    wait_for(lambda: server.metric("kv_cache_usage_perc") == 0, seconds=20)
+
+
+OK = {"prompt": "x", "max_tokens": 1}
+CHAT = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+BAD: list[tuple[Any, str]] = [
+    ({}, "prompt"),
+    ([], "object"),
+    ("x", "object"),
+    ({"prompt": ""}, "empty"),
+    ({"prompt": 1}, "prompt"),
+    ({"prompt": [-1]}, "token id"),
+    ({"prompt": [10**30]}, "token id"),
+    ({"prompt": ["a"]}, "prompt"),
+    ({"prompt": "x" * 5000}, "5000 tokens"),
+    (OK | {"max_tokens": 0}, "max_tokens"),
+    (OK | {"max_tokens": -5}, "max_tokens"),
+    (OK | {"max_tokens": "7"}, "max_tokens"),
+    (OK | {"temperature": -1}, "temperature"),
+    (OK | {"temperature": "hot"}, "temperature"),
+    (OK | {"top_p": 0}, "top_p"),
+    (OK | {"top_p": 2}, "top_p"),
+    (OK | {"top_k": -1}, "top_k"),
+    (OK | {"min_p": 3}, "min_p"),
+    (OK | {"repetition_penalty": 0}, "repetition_penalty"),
+    (OK | {"seed": -1}, "seed"),
+    (OK | {"seed": 2**65}, "seed"),
+    (OK | {"stop": [""]}, "stop"),
+    (OK | {"stop": 7}, "stop"),
+    (OK | {"n": 2}, "n:"),
+    (OK | {"echo": True}, "echo"),
+    (OK | {"best_of": 3}, "best_of"),
+    (OK | {"logprobs": 5}, "logprobs"),
+    (OK | {"stream": "yes"}, "stream"),
+    (OK | {"stream_options": {"include_usage": True}}, "stream_options"),
+    (OK | {"stream": True, "stream_options": {"x": 1}}, "x"),
+    (OK | {"timeout": 0}, "timeout"),
+    (OK | {"frequency_penalty": 1.0}, "frequency_penalty"),
+    (OK | {"prompt_cache": 1}, "prompt_cache"),
+    (CHAT | {"messages": []}, ""),
+    (CHAT | {"messages": "x"}, "messages"),
+    (CHAT | {"messages": [{"role": "user"}]}, "content"),
+    (CHAT | {"messages": [{"content": "x"}]}, "role"),
+    (CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text"),
+    (CHAT | {"tools": [{"type": "function"}]}, "tools"),
+    (CHAT | {"logprobs": True}, "logprobs"),
+    (CHAT | {"response_format": {"type": "json_object"}}, "response_format"),
+]
+RAW = [b"", b"{", b"\xff\xfe", b"[" * 5000, b'{"prompt": "\\ud800"}', b'{"prompt": NaN}', b"nul"]
+
+
+def test_what_cannot_be_answered_is_told_in_openais_shape(server: Server) -> None:
+    with httpx.Client(base_url=server.url, timeout=30) as client:
+        for body, told in BAD:
+            path = (
+                "chat/completions"
+                if isinstance(body, dict) and "messages" in body
+                else "completions"
+            )
+            answer = client.post(f"/v1/{path}", json=body)
+            if told or answer.status_code != 200:
+                assert answer.status_code == 400, (body, answer.text)
+                assert told in answer.json()["error"]["message"], (body, answer.text)
+                assert answer.json()["error"]["type"] == "invalid_request_error"
+        for raw in RAW:
+            answer = client.post("/v1/completions", content=raw)
+            assert answer.status_code == 400, (raw, answer.text)
+            assert answer.json()["error"]["message"]
+        for method, path, status in (
+            ("GET", "/nothing", 404),
+            ("GET", "/v1/completions", 405),
+            ("GET", "/v1/models/../../etc/passwd", 404),
+        ):
+            answer = client.request(method, path)
+            assert (answer.status_code, "error" in answer.json()) == (status, True)
+        assert client.post("/v1/completions", content=b"x" * 20001).status_code == 413
+        asked = client.post("/v1/completions", json=OK | {"model": "gpt-4"})
+        assert (asked.status_code, asked.json()["error"]["code"]) == (404, "model_not_found")
+    assert complete(server, "alive").choices[0].finish_reason == "length"
+
+
+def test_a_full_queue_refuses_the_rest(model: Path) -> None:
+    small = ["--set", "scheduler.max_num_seqs=1", "--set", "scheduler.max_queue_size=2"]
+    with Server.start(model, *small) as server:
+        with ThreadPoolExecutor(8) as pool:
+            answers = list(pool.map(lambda n: asked(server, f"{n}", 150), range(8)))
+        codes = [answer.status_code for answer in answers]
+        assert sorted(codes) == [200] * 3 + [429] * 5
+        assert all(a.headers["retry-after"] == "1" for a in answers if a.status_code == 429)
+        good = [a.json()["usage"]["completion_tokens"] for a in answers if a.status_code == 200]
+        assert good == [150] * 3
+
+
+def asked(server: Server, prompt: str, max_tokens: int) -> httpx.Response:
+    body = {"prompt": prompt, "max_tokens": max_tokens}
+    return httpx.post(f"{server.url}/v1/completions", json=body, timeout=60)
+
+
+def test_sigterm_lets_streams_end_and_takes_no_more(model: Path, tmp_path: Path) -> None:
+    (tmp_path / "key").write_text("secret\n")
+    key = ["--set", f"server.api_key_file={tmp_path / 'key'}"]
+    with Server.start(model, *key) as server:
+        with pytest.raises(openai.AuthenticationError):
+            server.client(key="wrong").models.list()
+        client = server.client(key="secret")
+        assert [card.id for card in client.models.list()] == ["tiny"]
+        health = run_command("health", "--url", server.url)
+        assert (health.returncode, health.stdout) == (0, '{"status":"ready"}\n')
+        streams = [
+            client.completions.create(model="tiny", prompt=f"{n}", max_tokens=600, stream=True)
+            for n in range(3)
+        ]
+        firsts = [next(iter(stream)) for stream in streams]
+        server.terminate()
+        wait_for(lambda: httpx.get(f"{server.url}/health/ready").status_code == 503)
+        with pytest.raises(openai.InternalServerError, match="draining"):
+            client.completions.create(model="tiny", prompt="late", max_tokens=1)
+        for first, stream in zip(firsts, streams, strict=True):
+            rest = list(stream)
+            assert rest[-1].choices[0].finish_reason == "length"
+            assert first.choices[0].finish_reason is None
+        assert server.process.wait(20) == 0, "".join(server.said)
+    assert run_command("health", "--url", server.url).returncode == 1
+
+
+def test_a_second_sigterm_ends_at_once(model: Path) -> None:
+    with Server.start(model) as server:
+        stream = complete(server, "long", LONG, stream=True)
+        next(iter(stream))
+        server.terminate()
+        time.sleep(0.3)
+        server.terminate()
+        assert server.process.wait(5) == -signal.SIGTERM
+
+
+def test_a_rank_that_is_killed_ends_all_requests(model: Path) -> None:
+    with Server.start(model, "-pp", "2") as server:
+        streams = [complete(server, f"{n}", LONG, stream=True) for n in range(4)]
+        for stream in streams:
+            next(iter(stream))
+        ranks = {pid: environment_of(pid) for pid in processes_naming(str(model))}
+        ranks = {pid: values for pid, values in ranks.items() if b"RANK" in values}
+        victim = next(pid for pid, values in ranks.items() if values[b"RANK"] == b"1")
+        started = time.monotonic()
+        os.kill(victim, signal.SIGKILL)
+        for stream in streams:
+            with pytest.raises((openai.APIError, httpx.RemoteProtocolError)):
+                list(stream)
+        assert server.process.wait(10) == 8, "".join(server.said)
+        assert time.monotonic() - started < 10
+        assert "rank 1 (stage 1" in "".join(server.said)
+        assert not [pid for pid in ranks if Path(f"/proc/{pid}").exists()]
+
+
+def environment_of(pid: int) -> dict[bytes, bytes]:
+    lines = Path(f"/proc/{pid}/environ").read_bytes().split(b"\0")
+    return {name: value for name, _, value in (line.partition(b"=") for line in lines)}
+
+
+def test_mistakes_are_found_before_there_are_ranks(model: Path) -> None:
+    given = ["serve", "--model", str(model), "--device", "cpu", "--set"]
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        done = run_command(*given, f"server.port={port}")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert f"cannot listen at 127.0.0.1 port {port}" in done.stderr
+    done = run_command(*given, "server.api_key_file=/no/such/file")
+    assert (done.returncode, "server.api_key_file: cannot read" in done.stderr) == (2, True)
+    done = run_command(*given, "server.prot=1")
+    assert (done.returncode, "port" in done.stderr) == (2, True)

@@ -1,0 +1,74 @@
+"""A server of the command, started as a user does, and clients of it."""
+
+import re
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from threading import Thread
+
+import httpx
+from openai import OpenAI
+from processes import start_command
+
+_START_S = 60
+
+
+@dataclass
+class Server:
+    """A running `shardline serve`.
+
+    Attributes:
+        said: lines of its standard error so far.
+    """
+
+    process: "subprocess.Popen[str]"
+    said: list[str] = field(default_factory=list)
+    url: str = ""
+
+    @classmethod
+    @contextmanager
+    def start(cls, model: Path, *options: str) -> Iterator["Server"]:
+        """Ready when the body runs; gone after it."""
+        given = ["--model", str(model), "--device", "cpu", "--set", "server.port=0", *options]
+        process = start_command("serve", *given)
+        server = cls(process)
+        Thread(target=server._listen, daemon=True).start()
+        try:
+            server._wait_until_ready()
+            yield server
+        finally:
+            process.kill()
+            process.wait()
+
+    def client(self, *, key: str = "none") -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+
+    def metric(self, name: str) -> float:
+        """The value of a metric without labels."""
+        text = httpx.get(f"{self.url}/metrics").text
+        found = re.search(rf"^shardline_{name} (\S+)$", text, re.MULTILINE)
+        assert found is not None, text
+        return float(found[1])
+
+    def terminate(self) -> None:
+        self.process.send_signal(signal.SIGTERM)
+
+    def _listen(self) -> None:
+        assert self.process.stderr is not None
+        for line in self.process.stderr:
+            self.said.append(line)
+
+    def _wait_until_ready(self) -> None:
+        deadline = time.monotonic() + _START_S
+        while time.monotonic() < deadline:
+            assert self.process.poll() is None, "".join(self.said)
+            if found := re.search(r" at (http://\S+)", "".join(self.said)):
+                self.url = found[1]
+                if httpx.get(f"{self.url}/health/ready").status_code == 200:
+                    return
+            time.sleep(0.1)
+        raise TimeoutError("".join(self.said))
