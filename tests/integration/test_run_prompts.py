@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import build_jobs
 import pytest
 from checkpoints import add_tokenizer, make_checkpoint
 from processes import (
@@ -157,6 +158,25 @@ def test_an_answer_is_what_generate_says(
     assert counts == {"requests": 5, "finished": 5, "failed": 0, "answers": 5}
     assert told["completion_tokens"] == sum(values[3] for values in expected)
     assert told["tokens_per_s"] > 0
+
+
+def test_a_bundle_answers_as_its_model(
+    model: Path, generated: list[dict[str, Any]], folder: Path
+) -> None:
+    """It holds the model's files, so its answers go into the same folder."""
+    settings = {"compile.backend": "eager", "compile.buckets": [8], "model.max_model_len": 128}
+    settings |= {"scheduler.max_num_seqs": 2, "scheduler.max_num_batched_tokens": 8}
+    build_jobs.build_here(model, folder / "bundle", settings, no_run=True)
+    path = write(folder, *LINES)
+    common = [str(path), "--max-tokens", str(NUM_TOKENS), "--output", str(folder / "out")]
+    bundle = ["--bundle", str(folder / "bundle"), "--accept-parity"]
+    done = CliRunner().invoke(app, ["run", *common, *bundle])
+    assert done.exception is None, done.exception
+    answers = results(folder)
+    assert [as_generated(answer)[0] for answer in answers] == [g["text"] for g in generated]
+    assert answers[3]["response"]["body"]["model"] == "bundle"
+    again = invoke(model, folder, "--json")
+    assert json.loads(again.stdout)["answers"] == 0
 
 
 def kill_at(folder: Path, command: list[str], count: int, *, rank: int | None) -> int:
