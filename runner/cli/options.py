@@ -18,12 +18,6 @@ if TYPE_CHECKING:
     from runner.job import Job
 
 
-_WHAT_RUNS = {
-    "decoder": "is a language model; use shardline generate, run or bench",
-    "graph": "is a tensor model; use shardline run",
-}
-
-
 class OnMismatch(StrEnum):
     """What to do with a bundle whose artefacts cannot run on this host."""
 
@@ -140,17 +134,17 @@ def with_job_options(
     """The same options and `--bundle`; the command gets `job`, a DecoderJob or a GraphJob.
 
     Args:
-        kinds: of models that the command takes.
+        kinds: of models that the command takes; every one takes language models.
 
     Raises:
-        ConfigError: the model is of another kind.
+        ConfigError: the model is a tensor model, and the command takes none.
     """
     shared = {**parameters_of(_job_options), **parameters_of(_model_options)}
 
     def make(**given: Any) -> "Job":
         job = _job_options(**given)
         if job.plan.kind not in kinds:
-            raise ConfigError(f"{job.plan.architecture} {_WHAT_RUNS[job.plan.kind]}")
+            raise ConfigError(f"{job.plan.architecture} is a tensor model; use shardline run")
         return job
 
     return partial(with_options, name="job", make=make, shared=shared)

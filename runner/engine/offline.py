@@ -116,15 +116,17 @@ class OfflineFront:
             ShardlineError: the run could not go on; the ranks have ended well.
         """
         with self._open_folder() as self.folder, ExitStack() as self._closing:
-            self.num_lines = self._files.count()
+            survey = self._files.survey(self._maker.max_tokens(self._options))
+            self.num_lines, self._survey_length = survey
             yield
             if self._error:
                 raise self._error
 
     def kv_blocks(self, block_size: int) -> int:
-        """As many of the longest requests as can run at once; how long they are is not known."""
-        num_seqs = min(self._max_num_seqs, self.num_lines)
-        return num_seqs * -(-self._max_model_len // block_size)
+        """As many of the longest requests as can run at once, and one of any length in any case."""
+        length = min(self._survey_length, self._max_model_len)
+        together = min(self._max_num_seqs, self.num_lines) * -(-length // block_size)
+        return max(together, -(-self._max_model_len // block_size))
 
     def begin(self, scheduler: Scheduler) -> None:
         """From here on the clock counts."""

@@ -55,6 +55,10 @@ class RequestMaker:
         self._sampling(options)
         StopStrings(options.stop or ())
 
+    def max_tokens(self, options: GenerationOptions) -> int:
+        """How many tokens are generated at most, if there is room for them."""
+        return options.max_tokens or self._defaults.max_new_tokens or DEFAULT_MAX_TOKENS
+
     def make(
         self,
         request_id: int,
@@ -74,7 +78,7 @@ class RequestMaker:
             name=name,
             vocab_size=self._vocab_size,
             max_model_len=self._max_model_len,
-            max_tokens=options.max_tokens or self._defaults.max_new_tokens or DEFAULT_MAX_TOKENS,
+            max_tokens=self.max_tokens(options),
             sampling=self._sampling(options),
             stop_token_ids=self._defaults.stop_token_ids,
         )

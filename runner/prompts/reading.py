@@ -5,9 +5,10 @@ Not here: what a line may say (`schema`).
 
 import hashlib
 import json
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, NamedTuple
 
 from parallel.errors import ConfigError
 from runner.prompts.prompt import BadLine, Place, Prompt, RequestId
@@ -16,6 +17,20 @@ from runner.prompts.seen_ids import SeenIds
 
 MAX_LINE_BYTES = 16 * 2**20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+_MAX_TOKENS = re.compile(rb'"max_(?:completion_)?tokens"\s*:\s*([0-9]{1,9})')
+
+
+class Survey(NamedTuple):
+    """What a look at the files tells.
+
+    Attributes:
+        num_lines: those that are not blank.
+        max_length: about the most tokens that a prompt and its completion can come to; a token
+            stands for a byte or more, and a chat template may add some.
+    """
+
+    num_lines: int
+    max_length: int
 
 
 class PromptFiles:
@@ -50,9 +65,19 @@ class PromptFiles:
                 digests[name] = hashlib.file_digest(file, "sha256").hexdigest()
         return digests
 
-    def count(self) -> int:
-        """How many lines are not blank."""
-        return sum(1 for path in self._paths.values() for _ in _lines(path))
+    def survey(self, max_tokens: int) -> "Survey":
+        """Read the files once, without looking at what the lines mean.
+
+        Args:
+            max_tokens: where a line does not say.
+        """
+        num_lines = max_length = 0
+        for path in self._paths.values():
+            for _, line in _lines(path):
+                said = _MAX_TOKENS.search(line)
+                num_lines += 1
+                max_length = max(max_length, len(line) + int(said[1] if said else max_tokens))
+        return Survey(num_lines, max_length)
 
     def __iter__(self) -> Iterator[Prompt | BadLine]:
         """Every line that is not blank; that of an id that a line before it has is a bad one."""

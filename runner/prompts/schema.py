@@ -17,12 +17,15 @@ from runner.text.generation_options import GenerationOptions
 
 def _joined(content: Any) -> Any:
     """Text that comes in parts, `[{"type": "text", "text": ...}, ...]`, as one string."""
-    if not isinstance(content, list):
-        return content
-    for part in content:
-        if not (isinstance(part, dict) and part.keys() == {"type", "text"}):
-            raise ValueError('a part is not {"type": "text", "text": ...}; only text can be read')
-    return "".join(str(part["text"]) for part in content)
+    return "".join(map(_text_of, content)) if isinstance(content, list) else content
+
+
+def _text_of(part: Any) -> str:
+    if isinstance(part, dict) and part.keys() == {"type", "text"} and part["type"] == "text":
+        text = part["text"]
+        if isinstance(text, str):
+            return text
+    raise ValueError('a part is not {"type": "text", "text": "..."}; only text can be read')
 
 
 def _listed(stop: Any) -> Any:

@@ -15,7 +15,6 @@ import pytest
 import torch
 from barren import barren, left_in
 from bundles import flip, rewrite_manifest
-from checkpoints import add_tokenizer, make_checkpoint
 from graph_builds import Model, assert_equal, make_model, samples
 from processes import run_command
 from rank_pool import RankPool
@@ -226,20 +225,13 @@ def test_a_damaged_file_is_named(name: Callable[[Path], str], offset: int, bundl
             assert refused(arguments).exit_code == 4
 
 
-def test_the_other_command_is_named(bundle: Path, tmp_path: Path) -> None:
+def test_the_other_command_is_named(bundle: Path) -> None:
     asked = ["generate", "--bundle", str(bundle), "--prompt", "One"]
     error = refused(asked)
     assert (error.exit_code, str(error)) == (
         2,
         "models_of_a_user:Net is a tensor model; use shardline run",
     )
-    checkpoint = add_tokenizer(make_checkpoint("llama", tmp_path / "model", vocab_size=259))
-    settings = {"compile.backend": "eager", "compile.buckets": [4]}
-    settings |= {"scheduler.max_num_seqs": 2, "scheduler.max_num_batched_tokens": 4}
-    build_jobs.build_here(checkpoint, tmp_path / "decoder", settings, no_run=True)
-    error = refused(run_arguments(tmp_path / "decoder", tmp_path / "run", "--accept-parity"))
-    assert error.exit_code == 2
-    assert "is a language model; use shardline generate" in str(error)
 
 
 @pytest.mark.parametrize(

@@ -231,6 +231,17 @@ def test_a_folder_of_something_else_is_refused_before_there_are_ranks(folder: Pa
     assert stats(folder) == before
 
 
+@pytest.mark.parametrize("flag", [("--temperature", "0"), ("--stop", "x"), ("--order", "input")])
+def test_what_is_for_language_models_is_refused(flag: tuple[str, str], folder: Path) -> None:
+    np.save(folder / "in" / "good.npy", np.zeros(4, dtype=np.int64))
+    failed = invoke([*arguments(folder, "Table", IDS), *flag])
+    assert getattr(failed.exception, "exit_code", None) == 2
+    assert str(failed.exception) == (
+        f"{flag[0]} is for language models, and run_models:make is a tensor model; leave it out"
+    )
+    assert not (folder / "out").exists()
+
+
 def test_a_model_that_raises_ends_the_job_and_names_the_stage(folder: Path) -> None:
     for index in range(8):
         np.save(folder / "in" / f"good{index}.npy", np.full(4, index))

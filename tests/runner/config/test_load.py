@@ -123,6 +123,13 @@ def test_origins_cover_every_key_in_the_order_of_the_schema() -> None:
         "distributed.build_timeout_s": "default",
         "distributed.collective_timeout_s": "default",
         "tiling": "default",
+        "server.host": "default",
+        "server.port": "default",
+        "server.model_name": "default",
+        "server.api_key_file": "default",
+        "server.max_request_bytes": "default",
+        "server.request_timeout_s": "default",
+        "server.shutdown_timeout_s": "default",
         "security.factories": "default",
     }
     assert list(loaded.origins)[:3] == ["version", "model.path", "model.format"]

@@ -84,6 +84,15 @@ def test_defaults_are_those_that_the_documentation_promises() -> None:
             "collective_timeout_s": None,
         },
         "tiling": None,
+        "server": {
+            "host": "127.0.0.1",
+            "port": 8000,
+            "model_name": None,
+            "api_key_file": None,
+            "max_request_bytes": 2097152,
+            "request_timeout_s": None,
+            "shutdown_timeout_s": 60.0,
+        },
         "security": {"factories": []},
     }
 

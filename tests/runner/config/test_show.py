@@ -86,6 +86,13 @@ def test_each_value_stands_in_one_aligned_line_with_its_origin() -> None:
         "distributed.build_timeout_s             7200.0               default",
         "distributed.collective_timeout_s        null                 default",
         "tiling                                  null                 default",
+        'server.host                             "127.0.0.1"          default',
+        "server.port                             8000                 default",
+        "server.model_name                       null                 default",
+        "server.api_key_file                     null                 default",
+        "server.max_request_bytes                2097152              default",
+        "server.request_timeout_s                null                 default",
+        "server.shutdown_timeout_s               60.0                 default",
         "security.factories                      []                   default",
     ]
 

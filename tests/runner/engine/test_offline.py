@@ -215,33 +215,45 @@ def test_many_finished_lines_are_passed_over_a_few_at_a_time(run: Run) -> None:
         assert len(control.added) == 1
 
 
-def test_a_disk_that_is_full_lets_the_others_leave_first(run: Run) -> None:
+def on_a_full_disk(run: Run, told: list[Control]) -> None:
     """A limit on the size of files ends a write as a full disk does."""
-    run.write(*prompts(2))
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with run.front() as front:
+        front.next()
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
+            run.say(front, 0, "a")
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        told.append(front.next())
 
-    def write_on_a_full_disk() -> None:
-        with run.front() as front:
-            front.next()
-            try:
-                resource.setrlimit(resource.RLIMIT_FSIZE, (100, limits[1]))
-                run.say(front, 0, "a")
-            finally:
-                resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-            assert front.next() == Control(leave=True)
 
-    with pytest.raises(PreflightError, match="File too large"):
-        write_on_a_full_disk()
+def test_a_disk_that_is_full_lets_the_others_leave_first(run: Run) -> None:
+    run.write(*prompts(2))
+    told: list[Control] = []
+    with pytest.raises(PreflightError, match=r"results\.jsonl: File too large"):
+        on_a_full_disk(run, told)
+    assert told == [Control(leave=True)]
     assert run.results() == []
 
 
-def test_blocks_are_wanted_for_the_longest_requests_that_may_run(run: Run) -> None:
-    run.write(*prompts(1))
+@pytest.mark.parametrize(
+    ("lines", "num_blocks"),
+    [
+        ([{"prompt": "x", "max_tokens": 1}] * 9, 8),
+        ([{"prompt": "x"}] * 9, 2 * 5),
+        ([{"prompt": "x"}], 8),
+        ([{"prompt": "x"}, {"prompt": "x", "max_tokens": 99}], 2 * 8),
+        ([{"prompt": "x"}, {"prompt": "x" * 999}], 2 * 8),
+    ],
+    ids=["short", "by default", "one", "long completion", "long prompt"],
+)
+def test_blocks_are_wanted_for_the_longest_that_run_at_once(
+    lines: list[dict[str, Any]], num_blocks: int, run: Run
+) -> None:
+    """At most 128 tokens, 8 blocks, of which there are enough for one in any case. By default a
+    completion has 50 tokens, and the line of a prompt of one letter 16 bytes.
+    """
+    run.write(*lines)
     with run.front() as front:
-        assert front.kv_blocks(16) == 8
-    run.write(*prompts(9))
-    (run.folder / "out" / "run.json").unlink()
-    for file in (run.folder / "out").iterdir():
-        file.unlink()
-    with run.front() as front:
-        assert front.kv_blocks(16) == MAX_NUM_SEQS * 8
+        assert front.kv_blocks(16) == num_blocks

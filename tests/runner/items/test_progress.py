@@ -6,6 +6,8 @@ import os
 import pty
 import time
 
+import pytest
+
 from runner.items.progress import ItemProgress
 
 
@@ -54,3 +56,19 @@ def test_a_terminal_has_a_bar() -> None:
     assert "1 failed" in shown
     assert "items/s" in shown
     assert "{" not in shown
+
+
+def test_tokens_are_told_where_they_are_counted() -> None:
+    """Also while no request is complete."""
+    stream = io.StringIO()
+    with ItemProgress(2, noun="requests", stream=stream, interval_s=0) as progress:
+        time.sleep(0.01)
+        progress.count_tokens(3)
+        progress.count_tokens(4)
+        progress.advance()
+    first, second, third = lines(stream)
+    assert (first["event"], first["done"], first["requests_per_s"]) == ("requests", 0, 0)
+    assert first["remaining_s"] is None
+    assert 0 < first["tokens_per_s"] < second["tokens_per_s"] * 2
+    assert third["done"] == 1
+    assert third["tokens_per_s"] / third["requests_per_s"] == pytest.approx(7, rel=0.02)

@@ -36,7 +36,7 @@ def test_lines_of_several_files_in_order_with_their_numbers(tmp_path: Path) -> N
         (Place("b.jsonl", 4), "2\u2028"),
         (Place("a.jsonl", 1), "3"),
     ]
-    assert files.count() == 3
+    assert files.survey(5).num_lines == 3
     assert str(found[0][0]) == "b.jsonl, line 2"
 
 
@@ -106,7 +106,19 @@ def test_files_that_cannot_be_used_are_told_at_once(tmp_path: Path) -> None:
     ]:
         with pytest.raises(ConfigError, match=told):
             PromptFiles(paths)
-    assert PromptFiles([good, blank]).count() == 1
+    assert PromptFiles([good, blank]).survey(5).num_lines == 1
+
+
+def test_no_request_is_longer_than_the_survey_says(tmp_path: Path) -> None:
+    short, long = prompt("x" * 70), prompt(max_tokens=60)
+    body = {"messages": [], "max_completion_tokens": 500}
+    for lines, expected in [
+        ([short, "\n"], len(short) + 1 + 5),
+        ([short, long], len(long) + 60),
+        ([long, json.dumps({"body": body}), short], len(json.dumps({"body": body})) + 1 + 500),
+    ]:
+        path = write(tmp_path / "a.jsonl", *lines)
+        assert PromptFiles([path]).survey(5).max_length == expected
 
 
 def test_digests_tell_files_apart(tmp_path: Path) -> None:

@@ -84,6 +84,8 @@ def test_openais_completion() -> None:
         ({"prompt": ["x"]}, "prompt: ['x'] is a list; use a string"),
         ({"messages": [{"role": "user"}]}, "messages.0.content: missing; it is needed"),
         ({"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "only text can be"),
+        ({"messages": [{"role": "user", "content": ["a"]}]}, "messages.0.content: a part is not"),
+        ({"messages": [{"role": "user", "content": [{"type": "text", "text": 5}]}]}, "only text"),
         (batch("/v1/embeddings"), "url: '/v1/embeddings' is not allowed; use /v1/chat/completions"),
         (batch(messages=[USER], n=2), "body.n: 2 is not allowed; use 1"),
         (batch(messages=[USER], stream=True), "body.stream: true is not allowed; use False"),
