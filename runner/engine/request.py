@@ -31,12 +31,13 @@ class SamplingParams:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _check("temperature", self.temperature, self.temperature >= 0, "0 (greedy) or more")
-        _check("top_k", self.top_k, self.top_k >= 0, "0 (all tokens) or more")
+        # Beyond these bounds scaled logits are no numbers any more.
+        heat, penalty = self.temperature, self.repetition_penalty
+        _check("temperature", heat, heat == 0 or 1e-5 <= heat <= 1e5, "0 (greedy), or 1e-5 to 1e5")
+        _check("top_k", self.top_k, 0 <= self.top_k < 2**31, "0 (all tokens) to 2**31 - 1")
         _check("top_p", self.top_p, 0 < self.top_p <= 1, "more than 0, at most 1 (all tokens)")
         _check("min_p", self.min_p, 0 <= self.min_p <= 1, "0 (none) to 1")
-        penalty = self.repetition_penalty
-        _check("repetition_penalty", penalty, penalty > 0, "more than 0; 1 means none")
+        _check("repetition_penalty", penalty, 1e-9 <= penalty <= 1e9, "1e-9 to 1e9; 1 means none")
         _check("seed", self.seed, 0 <= self.seed < 2**64, "0 to 2**64 - 1")
 
 

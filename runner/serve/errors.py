@@ -1,11 +1,14 @@
 """What a client is told when its request cannot be answered, in the shape of OpenAI's errors."""
 
+import logging
 from collections.abc import Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
 from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
+
+_LOG = logging.getLogger(__name__)
 
 _TYPES = {401: "authentication_error", 429: "rate_limit_error"}
 
@@ -38,10 +41,15 @@ class ApiError(Exception):
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
         told = {"message": self.message, "type": kind, "param": self.param, "code": self.code}
-        return {"error": told}
+        # What a client sent may hold half a surrogate pair, which no answer can.
+        return {"error": {key: value and _whole(value) for key, value in told.items()}}
 
     def response(self) -> JSONResponse:
         return JSONResponse(self.body(), self.status, self.headers)
+
+
+def _whole(text: str) -> str:
+    return text.encode(errors="replace").decode()
 
 
 def install_handlers(app: FastAPI) -> None:
@@ -51,6 +59,10 @@ def install_handlers(app: FastAPI) -> None:
         assert isinstance(error, ApiError)
         return error.response()
 
+    async def of_ours(request: Request, error: Exception) -> JSONResponse:
+        _LOG.error("%s %s", request.method, request.url.path, exc_info=error)
+        return ApiError(500, "a defect of the server; its log says more").response()
+
     async def of_routing(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         message = f"{request.method} {request.url.path}: {error.detail}"
@@ -58,3 +70,4 @@ def install_handlers(app: FastAPI) -> None:
 
     app.add_exception_handler(ApiError, ours)
     app.add_exception_handler(HTTPException, of_routing)
+    app.add_exception_handler(Exception, of_ours)

@@ -129,7 +129,7 @@ def _bad_temperature(model: Path) -> list[str]:
         (_long_prompt, 2, ["5 tokens", "max_model_len=4"]),
         (_unknown_architecture, 2, ["BertModel", "LlamaForCausalLM"]),
         (_absent_model, 2, ["nowhere", "no directory"]),
-        (_bad_temperature, 2, ["temperature=-1", "0 (greedy) or more"]),
+        (_bad_temperature, 2, ["temperature=-1", "0 (greedy), or 1e-5 to 1e5"]),
     ],
     ids=lambda value: value.__name__.strip("_") if callable(value) else "",
 )

@@ -171,6 +171,8 @@ BAD: list[tuple[Any, str]] = [
     (OK | {"top_p": 0}, "top_p"),
     (OK | {"top_p": 2}, "top_p"),
     (OK | {"top_k": -1}, "top_k"),
+    (OK | {"top_k": 10**400}, "top_k"),
+    (OK | {"temperature": 1e-300}, "temperature"),
     (OK | {"min_p": 3}, "min_p"),
     (OK | {"repetition_penalty": 0}, "repetition_penalty"),
     (OK | {"seed": -1}, "seed"),
@@ -197,6 +199,8 @@ BAD: list[tuple[Any, str]] = [
     (CHAT | {"response_format": {"type": "json_object"}}, "response_format"),
 ]
 RAW = [b"", b"{", b"\xff\xfe", b"[" * 5000, b'{"prompt": "\\ud800"}', b'{"prompt": NaN}', b"nul"]
+RAW += [b'{"prompt": "x", "\\ud800": 1}', b'{"prompt": "x", "model": "\\ud800"}']
+RAW += [b'{"prompt": "x", "temperature": 1e999}']
 
 
 def test_what_cannot_be_answered_is_told_in_openais_shape(server: Server) -> None:

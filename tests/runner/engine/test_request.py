@@ -14,11 +14,11 @@ from runner.engine.request import Request, SamplingParams
 @pytest.mark.parametrize(
     ("name", "lowest", "highest"),
     [
-        ("temperature", 0.0, 100.0),
-        ("top_k", 0, 10**6),
+        ("temperature", 0.0, 1e5),
+        ("top_k", 0, 2**31 - 1),
         ("top_p", 1e-9, 1.0),
         ("min_p", 0.0, 1.0),
-        ("repetition_penalty", 1e-9, 100.0),
+        ("repetition_penalty", 1e-9, 1e9),
         ("seed", 0, 2**64 - 1),
     ],
 )
@@ -30,11 +30,11 @@ def test_the_ends_of_each_range_are_allowed(name: str, lowest: Any, highest: Any
 @pytest.mark.parametrize(
     ("name", "values", "allowed"),
     [
-        ("temperature", [-0.1, math.nan], "use 0 (greedy) or more"),
-        ("top_k", [-1], "use 0 (all tokens) or more"),
+        ("temperature", [-0.1, 1e-6, 1e6, math.nan], "use 0 (greedy), or 1e-5 to 1e5"),
+        ("top_k", [-1, 2**31, 10**400], "use 0 (all tokens) to 2**31 - 1"),
         ("top_p", [0.0, -0.5, 1.001, math.nan], "use more than 0, at most 1 (all tokens)"),
         ("min_p", [-0.001, 1.5, math.nan], "use 0 (none) to 1"),
-        ("repetition_penalty", [0.0, -1.0, math.nan], "use more than 0; 1 means none"),
+        ("repetition_penalty", [0.0, -1.0, 1e10, math.nan], "use 1e-9 to 1e9; 1 means none"),
         ("seed", [-1, 2**64], "use 0 to 2**64 - 1"),
     ],
 )
