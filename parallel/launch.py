@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
-from types import FrameType, MappingProxyType
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import ConfigError, RankLostError, ShardlineError, StalledError
@@ -38,6 +38,9 @@ first heard of.
 """
 _TERMINATE_S = 2.0
 """How long ranks may take to go after SIGTERM, before SIGKILL."""
+
+_Handlers = dict[signal.Signals, Any]
+"""What `signal.getsignal` says of each."""
 
 
 @dataclass(frozen=True)
@@ -300,42 +303,40 @@ def _stop(ranks: Sequence[_Rank]) -> None:
         os.close(rank.reports)
 
 
-@contextlib.contextmanager
-def signals_raise() -> Iterator[None]:
+def signals_raise() -> contextlib.AbstractContextManager[None]:
     """SIGINT and SIGTERM raise `Interrupted`, once."""
 
-    def interrupt(signum: int, _frame: FrameType | None) -> None:
-        for handled in previous:
-            signal.signal(handled, signal.SIG_IGN)
+    def interrupt(signum: int, previous: _Handlers) -> None:
+        _handle(dict.fromkeys(previous, signal.SIG_IGN))
         raise Interrupted(signum)
 
-    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    for signum in previous:
-        signal.signal(signum, interrupt)
-    try:
-        yield
-    finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+    return _handling(interrupt)
+
+
+def first_signal_calls(act: Callable[[], object]) -> contextlib.AbstractContextManager[None]:
+    """The first SIGINT or SIGTERM calls `act`; the next does what it did before."""
+
+    def first(_signum: int, previous: _Handlers) -> None:
+        _handle(previous)
+        act()
+
+    return _handling(first)
 
 
 @contextlib.contextmanager
-def first_signal_calls(act: Callable[[], object]) -> Iterator[None]:
-    """The first SIGINT or SIGTERM calls `act`; the next does what it did before."""
-
-    def first(_signum: int, _frame: FrameType | None) -> None:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
-        act()
-
-    previous = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
-    for signum in previous:
-        signal.signal(signum, first)
+def _handling(handler: Callable[[int, _Handlers], None]) -> Iterator[None]:
+    """Let SIGINT and SIGTERM call `handler` with what handled them before."""
+    previous: _Handlers = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    _handle(dict.fromkeys(previous, lambda signum, _frame: handler(signum, previous)))
     try:
         yield
     finally:
-        for signum, handler in previous.items():
-            signal.signal(signum, handler)
+        _handle(previous)
+
+
+def _handle(handlers: _Handlers) -> None:
+    for signum, handler in handlers.items():
+        signal.signal(signum, handler)
 
 
 def die_with_parent(parent_pid: int) -> None:
