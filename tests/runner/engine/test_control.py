@@ -10,7 +10,7 @@ IDS = st.integers(0, 2**40)
 
 SAMPLING = st.builds(
     SamplingParams,
-    temperature=st.floats(0, 1e9),
+    temperature=st.just(0.0) | st.floats(1e-5, 1e5),
     top_k=st.integers(0, 1000),
     top_p=st.floats(0, 1, exclude_min=True),
     min_p=st.floats(0, 1),
