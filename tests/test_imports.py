@@ -31,7 +31,7 @@ LEVELS = (
         "runner.text",
         "runner.importer",
     },
-    {"runner.config", "runner.observe"},
+    {"runner.config", "runner.drawing", "runner.observe"},
     {"parallel"},
 )
 

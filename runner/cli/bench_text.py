@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from runner.cli.table import plural, table
+from runner.cli.table import table
+from runner.drawing.plan_words import plural
 
 _RATES = ("gb_per_s", "share_of_bandwidth", "tflop_per_s", "share_of_matmul_rate")
 _RATE_TITLES = ("GB/s>", "share>", "TFLOP/s>", "share>")

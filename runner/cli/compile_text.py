@@ -3,7 +3,8 @@
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from runner.cli.table import plural, table
+from runner.cli.table import table
+from runner.drawing.plan_words import plural
 
 if TYPE_CHECKING:
     from runner.build.built import Built

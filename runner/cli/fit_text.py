@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from parallel.autoplan import H200, Candidate, ranked
 from parallel.fit import Fit, RankFit, format_bytes
-from runner.cli.table import plural, table
+from runner.cli.table import table
+from runner.drawing.plan_words import plural
 
 _FIT_COLUMNS = ("rank>", "needs>", "room for KV>", "KV tokens>", "sequences>", "verdict")
 _CANDIDATE_COLUMNS = (

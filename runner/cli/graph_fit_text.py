@@ -8,8 +8,9 @@ from typing import TYPE_CHECKING
 from parallel.fit import format_bytes
 from parallel.graph_fit import GraphFit
 from parallel.plan import RankPlan
-from runner.cli.graph_plan_text import format_time
-from runner.cli.table import plural, table
+from runner.cli.table import table
+from runner.drawing.graph_words import format_time
+from runner.drawing.plan_words import plural
 
 if TYPE_CHECKING:
     from runner.pipeline.measure import Measured

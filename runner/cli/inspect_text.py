@@ -11,8 +11,8 @@ from runner.bundle.files import Fault
 from runner.bundle.layout import MODEL, artefact_folder, cache_folder, weights_file
 from runner.bundle.manifest import Choice
 from runner.cli.graph_plan_text import buckets_line, describe_modules, outputs_line
-from runner.cli.plan_text import condense, headline
-from runner.cli.table import plural, table
+from runner.cli.table import table
+from runner.drawing.plan_words import condense, headline, plural
 
 _RANK_COLUMNS = ("rank>", "stage>", "tp rank>", "modules", "weights>", "caches>")
 _ARTEFACT_COLUMNS = ("backend", "ranks", "artefact", "size>")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from runner.cli.plan_inputs import Gpus, refuse_given
-from runner.cli.table import plural
+from runner.drawing.plan_words import plural
 
 if TYPE_CHECKING:
     from parallel.autoplan import Candidate
@@ -88,7 +88,7 @@ class DecoderResult:
         }
 
     def draw(self) -> str:
-        from runner.cli.plan_svg import draw
+        from runner.drawing.plan_svg import draw
 
         return draw(self.plan)
 

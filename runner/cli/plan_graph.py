@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from parallel.errors import ConfigError
 from runner.cli.plan_inputs import Gpus, refuse_given
-from runner.cli.table import plural
+from runner.drawing.plan_words import plural
 
 if TYPE_CHECKING:
     from parallel.graph_fit import GraphFit
@@ -119,7 +119,7 @@ class GraphResult:
         }
 
     def draw(self) -> str:
-        from runner.cli.graph_plan_svg import draw_graph
+        from runner.drawing.graph_plan_svg import draw_graph
 
         return draw_graph(self.plan)
 

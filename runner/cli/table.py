@@ -17,8 +17,3 @@ def table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:
         ).rstrip()
         for row in grid
     ]
-
-
-def plural(count: int, noun: str) -> str:
-    """A count with its noun: `1 rank`, `8 ranks`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"

@@ -20,7 +20,7 @@ from parallel.errors import ConfigError, DoesNotFitError
 from parallel.fit import format_bytes
 from parallel.partition import Unit, cut_by_patterns
 from runner.cli.app import app
-from runner.cli.plan_text import condense
+from runner.drawing.plan_words import condense
 
 ROOT = Path(__file__).parents[3]
 needs_compiler = pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
@@ -317,7 +317,7 @@ def test_nothing_imports_torch_and_no_weight_is_read(llama_70b: Path, tmp_path: 
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-300:]
     imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert {"parallel.autoplan", "runner.cli.plan_svg"} <= imported
+    assert {"parallel.autoplan", "runner.drawing.plan_svg"} <= imported
     heavy = {"torch", "transformers", "tokenizers", "rich", "jinja2"}
     assert not heavy & {name.partition(".")[0] for name in imported}
     assert svg.read_text().startswith("<svg")

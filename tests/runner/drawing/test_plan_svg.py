@@ -13,7 +13,7 @@ from sparse_checkpoint import LLAMA_70B, make_sparse_llama
 from parallel.decoder_plan import DecoderPlan, DecoderRankPlan
 from parallel.planner import Limits, make_plan
 from parallel.topology import Topology
-from runner.cli.plan_svg import draw
+from runner.drawing.plan_svg import draw
 from runner.models.spec import ModelSpec
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -1,8 +1,8 @@
 """The plan of a language model as a drawing; see `plan_picture`."""
 
 from parallel.decoder_plan import DecoderPlan, DecoderRankPlan, DecoderStagePlan
-from runner.cli.plan_picture import Picture, draw_picture, facts_of
-from runner.cli.plan_text import condense, span
+from runner.drawing.plan_picture import Picture, draw_picture, facts_of
+from runner.drawing.plan_words import condense, span
 
 
 def draw(plan: DecoderPlan) -> str:

@@ -5,9 +5,9 @@ from collections.abc import Iterator
 from parallel.fit import format_bytes
 from parallel.graph_plan import GraphPlan
 from parallel.plan import Carry, RankPlan
-from runner.cli.graph_plan_text import ends_of, flops_share, format_time, passed_stages
-from runner.cli.plan_picture import Picture, draw_picture, facts_of
-from runner.cli.table import plural
+from runner.drawing.graph_words import ends_of, flops_share, format_time, passed_stages
+from runner.drawing.plan_picture import Picture, draw_picture, facts_of
+from runner.drawing.plan_words import plural
 
 _GAP = 230
 _MAX_CARRIES = 6

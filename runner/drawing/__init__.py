@@ -1,0 +1,1 @@
+"""A plan as a picture, and the words that its text and its picture share."""
