@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
+from parallel.annotate import Annotate, unnamed
+
 SYMBOLIC = "symbolic"
 """Stands in a traced graph for the name of a group; to run a collective with it is an error."""
 
@@ -28,11 +30,13 @@ class Group:
         rank: this rank's place in the group.
         process_group: None in a group of one rank, and where a model is traced for ranks that are
             not running.
+        annotate: names the group's collectives for a profiler.
     """
 
     ranks: tuple[int, ...]
     rank: int
     process_group: dist.ProcessGroup | None = None
+    annotate: Annotate = unnamed
 
     @property
     def size(self) -> int:
@@ -52,7 +56,8 @@ def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
     """The sum of `x` over the group, on every rank."""
     if group.size == 1:
         return x
-    return _wait(torch.ops._c10d_functional.all_reduce(x, "sum", group.name))
+    with group.annotate("all_reduce"):
+        return _wait(torch.ops._c10d_functional.all_reduce(x, "sum", group.name))
 
 
 def all_gather(x: torch.Tensor, group: Group) -> torch.Tensor:
@@ -88,7 +93,8 @@ def all_gather_parts(
 def broadcast(x: torch.Tensor, source: int, group: Group) -> torch.Tensor:
     """Overwrite `x` on every rank with that of global rank `source`, and return it."""
     if group.process_group is not None:
-        dist.broadcast(x, src=source, group=group.process_group)
+        with group.annotate("broadcast"):
+            dist.broadcast(x, src=source, group=group.process_group)
     return x
 
 
@@ -127,8 +133,9 @@ def minimum(value: int, group: Group) -> int:
 
 def stack(x: torch.Tensor, group: Group) -> torch.Tensor:
     """`x`, contiguous and of one shape on all ranks, of every rank: (size, *x.shape)."""
-    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x, group.size, group.name)
-    return _wait(gathered).view(group.size, *x.shape)
+    with group.annotate("all_gather"):
+        gathered = torch.ops._c10d_functional.all_gather_into_tensor(x, group.size, group.name)
+        return _wait(gathered).view(group.size, *x.shape)
 
 
 def _wait(x: torch.Tensor) -> torch.Tensor:

@@ -4,12 +4,13 @@ Built once by `ParallelContext.open`, passed to whoever needs it, closed at the 
 processes is `parallel.launch`.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 
+from parallel.annotate import Annotate
 from parallel.collectives import Group
 from parallel.errors import PreflightError
 from parallel.launch import RankEnv
@@ -110,6 +111,18 @@ class ParallelContext:
     @property
     def is_last_stage(self) -> bool:
         return self.coordinate.stage == self.topology.last_stage
+
+    @property
+    def annotate(self) -> Annotate:
+        """Names what this rank does for a profiler."""
+        return self.world.annotate
+
+    def annotated(self, annotate: Annotate) -> "ParallelContext":
+        """The same, with names for a profiler."""
+        world, setup, tp = (
+            replace(group, annotate=annotate) for group in (self.world, self.setup, self.tp)
+        )
+        return replace(self, world=world, setup=setup, tp=tp)
 
     def close(self) -> None:
         """Leave the job in order."""

@@ -23,6 +23,7 @@ class CarryTransfer:
         self._source = context.topology.carry_source(context.rank)
         self._targets = context.topology.carry_targets(context.rank)
         self._group = context.world.process_group
+        self._annotate = context.annotate
         incoming = plan.stages[stage - 1].carries if stage else ()
         self._buffers = [
             torch.empty(
@@ -43,23 +44,25 @@ class CarryTransfer:
     def receive(self, num_tokens: int) -> list[torch.Tensor]:
         """The carries of one step, each (num_tokens, ...); valid until the next `receive`."""
         views = self.incoming(num_tokens)
-        pending = [dist.irecv(view, src=self._source, group=self._group) for view in views]
-        for work in pending:
-            if work is not None:
-                work.wait()
+        with self._annotate("receive"):
+            pending = [dist.irecv(view, src=self._source, group=self._group) for view in views]
+            for work in pending:
+                if work is not None:
+                    work.wait()
         return views
 
     def send(self, carries: Sequence[torch.Tensor]) -> None:
         """Start sending one step's carries to the next stage; the tensors are kept alive until
         they are gone.
         """
-        self.drain()
-        for target in self._targets:
-            for carry in carries:
-                tensor = carry.contiguous()
-                work = dist.isend(tensor, dst=target, group=self._group)
-                if work is not None:
-                    self._in_flight.append((work, tensor))
+        with self._annotate("send"):
+            self.drain()
+            for target in self._targets:
+                for carry in carries:
+                    tensor = carry.contiguous()
+                    work = dist.isend(tensor, dst=target, group=self._group)
+                    if work is not None:
+                        self._in_flight.append((work, tensor))
 
     def drain(self) -> None:
         """Wait for what was sent."""

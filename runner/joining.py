@@ -6,6 +6,7 @@ compiler.
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from parallel.annotate import Annotate, for_nsight, for_torch, unnamed
 from parallel.collectives import broadcast_bytes
 from parallel.context import ParallelContext
 from parallel.errors import ConfigError, OutputClosedError, ShardlineError
@@ -56,6 +57,15 @@ def join(
     phase.name = "comparing plans"
     _check_same_plan(job, context)
     return context
+
+
+def annotation(job: Job) -> Annotate:
+    """What a job that runs names its parts with; one that is compiled has no names, since tracing
+    would make operations of them.
+    """
+    if not job.config.observability.nvtx:
+        return unnamed
+    return for_nsight if job.device_type == "cuda" else for_torch
 
 
 def _as_ours(error: Exception, phase: Phase) -> ShardlineError:

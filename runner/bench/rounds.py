@@ -5,7 +5,6 @@ All times are seconds of one clock on rank 0, which sees a step when its tokens 
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 
 from runner.bench.stats import WINDOW, is_stable
 
@@ -43,13 +42,21 @@ class Round:
 
     @property
     def decode_steps_s(self) -> list[float]:
-        """Every later step that brought a token to all requests; empty for one token each."""
-        decoding = self.steps[self._num_prefill_steps - 1 :]
-        return [
-            step.ended_at - before.ended_at
-            for before, step in pairwise(decoding)
-            if step.num_outputs == self.num_requests
-        ]
+        """How long each later token of all requests took; empty for one token each.
+
+        In a pipeline the requests fall into groups, each in a step of its own: what counts is
+        when all groups have got a token.
+        """
+        rounds_of_tokens, num_outputs = [], 0
+        before = self._num_prefill_steps - 1
+        for index in range(before + 1, len(self.steps)):
+            num_outputs += self.steps[index].num_outputs
+            if num_outputs >= self.num_requests:
+                if num_outputs == self.num_requests:
+                    elapsed = self.steps[index].ended_at - self.steps[before].ended_at
+                    rounds_of_tokens.append(elapsed)
+                before, num_outputs = index, 0
+        return rounds_of_tokens
 
     @property
     def _num_prefill_steps(self) -> int:

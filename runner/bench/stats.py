@@ -18,16 +18,18 @@ class Summary:
 
     count: int
     min: float
+    mean: float
     median: float
     p90: float
+    p95: float
     p99: float
     max: float
 
 
 def summarize(values: Sequence[float]) -> Summary:
     """At least one value."""
-    low, median, p90, p99, high = np.percentile(values, (0, 50, 90, 99, 100)).tolist()
-    return Summary(len(values), low, median, p90, p99, high)
+    low, median, p90, p95, p99, high = np.percentile(values, (0, 50, 90, 95, 99, 100)).tolist()
+    return Summary(len(values), low, float(np.mean(values)), median, p90, p95, p99, high)
 
 
 def is_stable(values: Sequence[float]) -> bool:

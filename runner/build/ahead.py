@@ -74,8 +74,8 @@ def build_ahead(
     progress = Progress(context.rank, len(builds), of="artefact")
     seconds: dict[str, float] = {}
 
-    def run(share: list[Build]) -> None:
-        for build, folder, took in _built(share, context.device):
+    def run(share: list[Build], desk: Path) -> None:
+        for build, folder, took in _built(share, desk):
             if took is not None:
                 with builder.artefact(build.key) as target:
                     shutil.copytree(folder, target, dirs_exist_ok=True)
@@ -83,8 +83,14 @@ def build_ahead(
             what = f"{build.segment.kind} x {build.segment.num_rows}"
             progress.finished(what, how=build.backend if took is not None else "not built")
 
-    with ThreadPoolExecutor(num_processes) as threads:
-        list(threads.map(run, shares_of(builds, num_processes)))
+    shares = shares_of(builds, num_processes)
+    with tempfile.TemporaryDirectory(prefix="shardline-build-") as name:
+        desks = [Path(name) / str(i) for i in range(len(shares))]
+        # In this thread: PyTorch saves one program at a time.
+        for share, desk in zip(shares, desks, strict=True):
+            _lay_out(share, desk, context.device)
+        with ThreadPoolExecutor(num_processes) as threads:
+            list(threads.map(run, shares, desks))
     return seconds
 
 
@@ -119,36 +125,37 @@ def _missing(
                 yield Build(backend.name, work.segment, program, key)
 
 
-def _built(
-    share: Sequence[Build], device: torch.device
-) -> Iterator[tuple[Build, Path, float | None]]:
+def _lay_out(share: Sequence[Build], desk: Path, device: torch.device) -> None:
+    """Write what a worker needs: the programs, and what to make of them."""
+    desk.mkdir()
+    for i, build in enumerate(share):
+        save_program(build.program, desk / f"{i}.pt2")
+    order = {
+        "device": str(device),
+        "builds": [
+            {
+                "backend": build.backend,
+                "kind": build.segment.kind,
+                "num_activations": len(build.segment.activations),
+            }
+            for build in share
+        ],
+    }
+    (desk / ORDER_FILE).write_text(json.dumps(order), encoding="utf-8")
+
+
+def _built(share: Sequence[Build], desk: Path) -> Iterator[tuple[Build, Path, float | None]]:
     """Build in a process of its own, which ends with this generator.
 
     Yields:
         Each build when it is done, the folder with its files, and its seconds; None: it failed.
     """
-    with tempfile.TemporaryDirectory(prefix="shardline-build-") as name:
-        desk = Path(name)
+    with _worker(desk) as process:
+        assert process.stdout is not None
         for i, build in enumerate(share):
-            save_program(build.program, desk / f"{i}.pt2")
-        order = {
-            "device": str(device),
-            "builds": [
-                {
-                    "backend": build.backend,
-                    "kind": build.segment.kind,
-                    "num_activations": len(build.segment.activations),
-                }
-                for build in share
-            ],
-        }
-        (desk / ORDER_FILE).write_text(json.dumps(order), encoding="utf-8")
-        with _worker(desk) as process:
-            assert process.stdout is not None
-            for i, build in enumerate(share):
-                with counted(build.backend):
-                    line = process.stdout.readline()
-                yield build, desk / str(i), json.loads(line) if line else None
+            with counted(build.backend):
+                line = process.stdout.readline()
+            yield build, desk / str(i), json.loads(line) if line else None
 
 
 @contextmanager

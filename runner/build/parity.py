@@ -175,7 +175,7 @@ def _record(
         count = -(-len(prompt) // block_size)
         sequence.blocks = list(range(first, first + count))
         first += count
-        scheduled.append(Scheduled(sequence, len(prompt)))
+        scheduled.append(Scheduled.of(sequence, len(prompt)))
     inputs = lay_out(scheduled, block_size, runner.padding)
     assert runner.execute is not None
     compiled, recorder = runner.execute, Recorder(runner.execute, _states_of(runner))

@@ -74,7 +74,7 @@ def _logits(
     for start, end in itertools.pairwise([*starts, len(ids)]):
         sequence = Sequence(Request(0, tuple(ids[:end]), 1), ids[:end], num_computed=start)
         sequence.blocks = list(range(-(-end // block_size)))
-        inputs = lay_out([Scheduled(sequence, end - start)], block_size, runner.padding)
+        inputs = lay_out([Scheduled.of(sequence, end - start)], block_size, runner.padding)
         output = runner.run(inputs.with_all_logits(runner.padding))
         if output is not None:
             logits.append(output.logits.to("cpu", torch.float32, copy=True))

@@ -174,6 +174,14 @@ class SecurityConfig(Section):
     """Functions that `model.factory` may name; anything else is refused before it is imported."""
 
 
+class ObservabilityConfig(Section):
+    """What a running job shows of itself."""
+
+    nvtx: bool = False
+    """Whether profilers see names of steps, stages, segments and collectives: Nsight on GPUs,
+    PyTorch's profiler on a CPU; false costs nothing."""
+
+
 class RunnerConfig(Section):
     """The whole configuration of a job."""
 
@@ -188,6 +196,7 @@ class RunnerConfig(Section):
     distributed: DistributedConfig = Field(default_factory=DistributedConfig)
     tiling: TilingConfig | None = None
     server: ServerConfig = Field(default_factory=ServerConfig)
+    observability: ObservabilityConfig = Field(default_factory=ObservabilityConfig)
     security: SecurityConfig = Field(default_factory=SecurityConfig)
 
     @field_validator("version", mode="before")

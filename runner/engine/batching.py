@@ -112,7 +112,7 @@ def lay_out(
     columns[3] = scratch_slot
     samples[:num_samples] = _fill(columns, scheduled, block_size)
     query_lens = tuple(part.num_tokens for part in scheduled)
-    kv_lens = tuple(part.sequence.num_computed + part.num_tokens for part in scheduled)
+    kv_lens = tuple(part.start + part.num_tokens for part in scheduled)
     unused = num_seqs - len(scheduled)
     # A sequence of padding has a row of its own and an empty cache.
     offsets = [*accumulate(query_lens, initial=0), *range(num_tokens + 1, num_tokens + 1 + unused)]
@@ -139,7 +139,7 @@ def _fill(columns: NDArray[np.int64], scheduled: Seq[Scheduled], block_size: int
     start = 0
     for part in scheduled:
         sequence, stop = part.sequence, start + part.num_tokens
-        first = sequence.num_computed
+        first = part.start
         if part.num_tokens == 1:
             # The usual case, for which the arrays below take five times as long.
             slot = sequence.blocks[first // block_size] * block_size + first % block_size

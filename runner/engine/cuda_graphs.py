@@ -22,18 +22,21 @@ _WARM_UPS = 2
 
 
 class _Input:
-    """A tensor that a graph reads, and the pinned one through which it is filled.
-
-    The host may write the pinned one again when the step is over: when its tokens are known.
-    """
+    """A tensor that a graph reads, and the pinned one through which it is filled."""
 
     def __init__(self, initial: torch.Tensor, device: torch.device) -> None:
         self._pinned = initial.pin_memory()
+        self._copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
         self.on_device = initial.to(device)
 
     def fill(self, values: torch.Tensor) -> None:
+        """Once the device has taken what it was filled with before; of a step that is under way,
+        it may still have to.
+        """
+        self._copied.synchronize()
         self._pinned.copy_(values)
         self.on_device.copy_(self._pinned, non_blocking=True)
+        self._copied.record()
 
 
 @dataclass

@@ -2,27 +2,40 @@
 reading.
 """
 
-from dataclasses import dataclass
+from collections import deque
+from dataclasses import dataclass, field
 
-import torch
-
-from parallel.collectives import broadcast
 from parallel.context import ParallelContext
 from parallel.errors import ConfigError, RankLostError
 from runner.engine.batching import lay_out
 from runner.engine.control import Control
 from runner.engine.sampler import NOT_FINITE, sample
 from runner.engine.scheduler import Output, Scheduled, Scheduler
-from runner.engine.stage_runner import StageRunner, StepOutput
+from runner.engine.stage_runner import StageRunner
+from runner.engine.token_exchange import Read, TokenExchange
 
 
 @dataclass(frozen=True)
+class _UnderWay:
+    """A step whose tokens have not been read."""
+
+    scheduled: list[Scheduled]
+    read: Read
+
+
+@dataclass
 class Engine:
-    """Completes requests, one step at a time."""
+    """Completes requests, step by step.
+
+    As many steps are under way as there are stages, so that all have work. What is scheduled, read
+    and committed, and in which order, is the same on every rank.
+    """
 
     scheduler: Scheduler
     stage_runner: StageRunner
     block_size: int
+    exchange: TokenExchange
+    _under_way: deque[_UnderWay] = field(default_factory=deque)
 
     @property
     def context(self) -> ParallelContext:
@@ -30,7 +43,7 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return self.scheduler.has_work
+        return bool(self._under_way) or self.scheduler.has_work
 
     def admit(self, control: Control) -> None:
         """Take in what rank 0 said before this step."""
@@ -40,35 +53,63 @@ class Engine:
             self.scheduler.abort(request_id)
 
     def step(self) -> list[Output]:
-        """Schedule, run, sample, commit: at most one new token for every running sequence."""
-        scheduled = self.scheduler.schedule()
-        inputs = lay_out(scheduled, self.block_size, self.stage_runner.padding)
-        output = self.stage_runner.run(inputs)
-        token_ids = self._sample(scheduled, output)
-        return self.scheduler.commit(scheduled, token_ids)
+        """Start a step, and read the tokens of the oldest one where it is its turn.
 
-    def _sample(self, scheduled: list[Scheduled], output: StepOutput | None) -> list[int]:
-        """The first rank of the last stage chooses; every rank learns.
+        A GPU works by itself: the host returns with the tokens of an earlier step and deals with
+        them meanwhile. On a CPU a step is over when it has started.
+        """
+        is_gpu, outputs = self.context.device.type == "cuda", []
+        if is_gpu and self._is_full:
+            outputs = self._finish()
+        scheduled = self.scheduler.schedule()
+        if scheduled:
+            self._start(scheduled)
+        if not outputs and self._under_way and (not scheduled or (self._is_full and not is_gpu)):
+            outputs = self._finish()
+        return outputs
+
+    def drain(self) -> None:
+        """Let all that is under way come to its end, whatever becomes of it."""
+        while self._under_way:
+            self._finish()
+
+    @property
+    def _is_full(self) -> bool:
+        return len(self._under_way) == self.context.topology.num_stages
+
+    def _start(self, scheduled: list[Scheduled]) -> None:
+        """Run this rank's stage; the first rank of the last one chooses."""
+        request_ids = (part.sequence.request.request_id for part in scheduled)
+        with self.context.annotate("step of requests", request_ids):
+            inputs = lay_out(scheduled, self.block_size, self.stage_runner.padding)
+            output = self.stage_runner.run(inputs)
+            sequences = [part.sequence for part in scheduled if part.samples]
+            if not sequences:
+                read: Read = list
+            elif self.context.rank == self.exchange.source:
+                assert output is not None, "it is of the last stage"
+                read = self.exchange.send(sample(output.logits, output.greedy, sequences))
+            else:
+                read = self.exchange.expect(len(sequences))
+        self._under_way.append(_UnderWay(scheduled, read))
+
+    def _finish(self) -> list[Output]:
+        """Read and commit the oldest step.
 
         Raises:
             ConfigError: logits are not finite numbers; to the rank that chose.
             RankLostError: the same, to the others.
         """
-        sequences = [part.sequence for part in scheduled if part.samples]
-        if not sequences:
-            return []
-        source = self.context.topology.ranks(self.context.topology.last_stage)[0]
-        if self.context.rank == source and output is not None:
-            token_ids = sample(output.logits, output.greedy, sequences)
-        else:
-            token_ids = torch.empty(len(sequences), dtype=torch.int64, device=self.context.device)
-        chosen: list[int] = broadcast(token_ids, source, self.context.world).tolist()
-        if NOT_FINITE in chosen and self.context.rank != source:
-            raise RankLostError(f"rank {source} could not choose a token", peer=True)
-        if NOT_FINITE in chosen:
+        step = self._under_way.popleft()
+        token_ids = step.read()
+        if NOT_FINITE in token_ids:
+            if self.context.rank != self.exchange.source:
+                raise RankLostError(
+                    f"rank {self.exchange.source} could not choose a token", peer=True
+                )
             dtype = str(self.stage_runner.stage.dtype).removeprefix("torch.")
             raise ConfigError(
                 f"the model's logits are not finite numbers in {dtype}; "
                 "use --dtype bfloat16 or float32, or copy the weights again"
             )
-        return chosen
+        return self.scheduler.commit(step.scheduled, token_ids)

@@ -3,7 +3,8 @@
 import logging
 from typing import Protocol
 
-from parallel.collectives import broadcast_bytes
+from parallel.annotate import for_torch
+from parallel.announcements import Announcements
 from parallel.launch import RankEnv
 from runner.compiler.counter import compilations, watch_triton
 from runner.engine.control import Control
@@ -13,7 +14,9 @@ from runner.engine.kv_capacity import agree_on_blocks, check_weights_fit
 from runner.engine.loading import load_stage
 from runner.engine.scheduler import Output, Scheduler
 from runner.engine.stage_runner import StageRunner
-from runner.joining import as_rank, join
+from runner.engine.step_profile import StepProfile
+from runner.engine.token_exchange import TokenExchange
+from runner.joining import annotation, as_rank, join
 from runner.planning import DecoderJob
 
 _LOG = logging.getLogger(__name__)
@@ -39,11 +42,14 @@ class Front(Protocol):
         ...
 
 
-def run_rank(job: DecoderJob, env: RankEnv, front: Front | None) -> None:
+def run_rank(
+    job: DecoderJob, env: RankEnv, front: Front | None, profile: StepProfile | None = None
+) -> None:
     """Run this process's rank to the end.
 
     Args:
         front: on rank 0 the source of requests; None elsewhere.
+        profile: records some of the steps, with names.
 
     Raises:
         ShardlineError: see `as_rank`.
@@ -52,34 +58,45 @@ def run_rank(job: DecoderJob, env: RankEnv, front: Front | None) -> None:
         rebuilds = job.on_mismatch == "rebuild"
         patience_s = job.config.distributed.build_timeout_s if rebuilds else None
         context = join(job, env, phase, setup_timeout_s=patience_s)
+        context = context.annotated(for_torch if profile else annotation(job))
         if context.device.type == "cuda":
             watch_triton()
         phase.name = "loading weights"
         check_weights_fit(job.plan, context, job.config.kv_cache.gpu_memory_utilization)
         stage_runner = load_stage(job, context)
+        stage_runner.annotate_segments()
         phase.name = "allocating the KV cache"
         engine = make_engine(job, stage_runner, front)
         phase.name = "generating"
-        loop(engine, front)
+        loop(engine, front, profile)
         stage_runner.transfer.drain()
         _LOG.debug("rank %d compiled: %s", env.rank, compilations() or "nothing")
         context.close()
 
 
-def loop(engine: Engine, front: Front | None) -> None:
+def loop(engine: Engine, front: Front | None, profile: StepProfile | None = None) -> None:
     """Step until rank 0 says to leave; every rank of the job runs this."""
     if front:
         front.begin(engine.scheduler)
+    num_behind = engine.context.topology.last_stage
+    announcements = Announcements(0, engine.context.world, most_unread=num_behind)
     while True:
         message = front.next().encode() if front else None
-        control = Control.decode(broadcast_bytes(message, 0, engine.context.world))
+        control = Control.decode(announcements.exchange(message))
         if control.leave:
-            return
+            break
         engine.admit(control)
+        if profile and control.added:
+            profile.begin_round()
         if engine.has_work:
             outputs = engine.step()
+            if profile:
+                engine.stage_runner.transfer.drain()
+                profile.end_step()
             if front:
                 front.take(outputs)
+    engine.drain()
+    announcements.drain()
 
 
 def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None) -> Engine:
@@ -102,6 +119,7 @@ def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None)
         BlockPool(num_blocks, block_size),
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
+        num_groups=context.topology.num_stages,
         rope_switch_length=job.spec.config.switch_length,
     )
-    return Engine(scheduler, stage_runner, block_size)
+    return Engine(scheduler, stage_runner, block_size, TokenExchange(context))

@@ -4,6 +4,10 @@ First come, first served. A sequence is admitted when there are KV blocks for th
 has, and takes more as it grows. Where none is left, the one that came last gives its own up and
 waits to be computed again: the first can always go on. Long prompts run in chunks, beside the
 sequences that are decoding.
+
+Several steps may be under way, one in each stage of a pipeline. A sequence whose next token such a
+step will choose waits for it; the others make the next step, so that the running sequences fall
+into as many groups as there are stages.
 """
 
 from collections import deque
@@ -17,15 +21,23 @@ from runner.engine.sequence import FinishReason, Sequence
 
 @dataclass(frozen=True)
 class Scheduled:
-    """A sequence's part in a step: its next `num_tokens` pending tokens."""
+    """A sequence's part in a step.
+
+    Attributes:
+        start: place in the sequence of the first of its tokens.
+        samples: whether the step reaches the sequence's end, so that its next token can be chosen.
+    """
 
     sequence: Sequence
+    start: int
     num_tokens: int
+    samples: bool
 
-    @property
-    def samples(self) -> bool:
-        """Whether the step reaches the sequence's end, so that its next token can be chosen."""
-        return self.num_tokens == self.sequence.num_pending
+    @classmethod
+    def of(cls, sequence: Sequence, num_tokens: int) -> "Scheduled":
+        """The next pending tokens."""
+        samples = num_tokens == sequence.num_pending
+        return cls(sequence, sequence.num_computed, num_tokens, samples)
 
 
 @dataclass(frozen=True)
@@ -64,7 +76,7 @@ class _Step:
     parts: list[Scheduled] = field(default_factory=list)
 
     def put(self, sequence: Sequence) -> None:
-        part = Scheduled(sequence, min(sequence.num_pending, self.budget))
+        part = Scheduled.of(sequence, min(sequence.num_pending, self.budget))
         self.parts.append(part)
         self.budget -= part.num_tokens
 
@@ -78,18 +90,21 @@ class Scheduler:
         *,
         max_num_seqs: int,
         max_num_batched_tokens: int,
+        num_groups: int = 1,
         rope_switch_length: int | None = None,
     ) -> None:
         """
         Args:
-            max_num_seqs: sequences that run at once.
+            max_num_seqs: sequences that run at once, in all groups together.
             max_num_batched_tokens: tokens of one step.
+            num_groups: steps that may be under way at once.
             rope_switch_length: a sequence that grows beyond this is recomputed, with the second
                 variant of its rotary frequencies.
         """
         self._pool = pool
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
+        self._num_groups = num_groups
         self._rope_switch_length = rope_switch_length
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -131,47 +146,76 @@ class Scheduler:
 
     def abort(self, request_id: int) -> None:
         """Forget a request, wherever it is; one that is gone already is not an error."""
-        self._waiting = deque(s for s in self._waiting if s.request.request_id != request_id)
-        for sequence in [s for s in self._running if s.request.request_id == request_id]:
-            self._finish(sequence)
+        for sequence in [*self._waiting, *self._running]:
+            if sequence.request.request_id == request_id:
+                self._finish(sequence)
 
     def schedule(self) -> list[Scheduled]:
-        """The next step: running sequences first, then as many waiting ones as fit."""
+        """The next step: running sequences first, then as many waiting ones as fit.
+
+        Nothing, where all wait for the tokens of steps that are under way.
+        """
         step = _Step(self._max_num_batched_tokens)
-        num_running = len(self._running)
-        # Whoever must give way is the last of those that run, which are fewer then.
-        while step.budget and len(step.parts) < len(self._running):
-            sequence = self._running[len(step.parts)]
-            if self._grow(sequence):
-                step.put(sequence)
-        has_preempted = len(self._running) < num_running
-        while step.budget and not has_preempted and len(self._running) < self._max_num_seqs:
-            if not (self._waiting and self._admit(self._waiting[0])):
-                break
-            self._running.append(self._waiting.popleft())
-            step.put(self._running[-1])
+        if self._put_running(step):
+            self._put_waiting(step)
+        for part in step.parts:
+            part.sequence.num_computed += part.num_tokens
+            part.sequence.awaits_token = part.samples
+            self._publish(part.sequence)
         return step.parts
 
     def commit(self, scheduled: list[Scheduled], token_ids: list[int]) -> list[Output]:
-        """Record what a step computed.
+        """Record what a step chose; steps are committed in the order of their scheduling.
 
         Args:
             token_ids: one for each part of the step that samples, in the step's order.
         """
         outputs: list[Output] = []
-        sampled = iter(token_ids)
-        for part in scheduled:
-            sequence, samples = part.sequence, part.samples
-            sequence.num_computed += part.num_tokens
-            self._publish(sequence)
-            if not samples:
+        sampling = [part.sequence for part in scheduled if part.samples]
+        for sequence, token_id in zip(sampling, token_ids, strict=True):
+            sequence.awaits_token = False
+            if sequence.is_over:
                 continue
-            sequence.token_ids.append(next(sampled))
+            sequence.token_ids.append(token_id)
             reason = sequence.finish_reason()
-            outputs.append(Output(sequence.request.request_id, sequence.token_ids[-1], reason))
+            outputs.append(Output(sequence.request.request_id, token_id, reason))
             if reason:
                 self._finish(sequence)
         return outputs
+
+    def _put_running(self, step: _Step) -> bool:
+        """Go on with a group's share of the running sequences.
+
+        Returns:
+            Whether there is room for others: none had to give way.
+        """
+        num_running, num_sampling, index = len(self._running), 0, 0
+        share = self._share(num_running)
+        # Whoever must give way is the last of those that run, which are fewer then.
+        while step.budget and num_sampling < share and index < len(self._running):
+            sequence = self._running[index]
+            index += 1
+            if not sequence.awaits_token and self._grow(sequence):
+                step.put(sequence)
+                num_sampling += step.parts[-1].samples
+        return len(self._running) == num_running
+
+    def _put_waiting(self, step: _Step) -> None:
+        """Admit those that came first."""
+        num_known = len(self._running) + len(self._waiting)
+        most = self._share(min(num_known, self._max_num_seqs))
+        while step.budget and len(step.parts) < most and len(self._running) < self._max_num_seqs:
+            # One that gave way may have a token under way.
+            if not self._waiting or self._waiting[0].awaits_token:
+                return
+            if not self._admit(self._waiting[0]):
+                return
+            self._running.append(self._waiting.popleft())
+            step.put(self._running[-1])
+
+    def _share(self, num_seqs: int) -> int:
+        """How many of so many sequences make a group."""
+        return -(-num_seqs // self._num_groups)
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a sequence blocks for all its tokens, computed ones where they are known."""
@@ -236,5 +280,7 @@ class Scheduler:
         sequence.num_computed = sequence.num_published = 0
 
     def _finish(self, sequence: Sequence) -> None:
-        self._running.remove(sequence)
+        """Let go of a sequence; a token of it that is under way comes to nothing."""
+        sequence.is_over = True
+        (self._running if sequence.blocks else self._waiting).remove(sequence)
         self._release(sequence)

@@ -15,10 +15,13 @@ class Sequence:
 
     Attributes:
         token_ids: prompt and completion so far.
-        num_computed: how many of them have their keys and values in the cache.
+        num_computed: how many of them have their keys and values in the cache, or will have when
+            the steps that are under way are over.
         num_published: how many of these lie in blocks that others may share.
         blocks: KV blocks in order, for all tokens, while the sequence runs; empty while it waits.
         rope_variant: which rotary frequencies its cached keys have.
+        awaits_token: a step that will choose its next token is under way.
+        is_over: complete or aborted.
     """
 
     request: Request
@@ -27,6 +30,8 @@ class Sequence:
     num_published: int = 0
     blocks: list[int] = field(default_factory=list)
     rope_variant: int = 0
+    awaits_token: bool = False
+    is_over: bool = False
     _keys: list[bytes] = field(default_factory=list)
 
     @classmethod

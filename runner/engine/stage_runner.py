@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 
+from parallel.annotate import unnamed
 from parallel.context import ParallelContext
 from parallel.transfer import CarryTransfer
 from runner.engine.batching import Padding, StepInputs
@@ -50,6 +51,18 @@ class StageRunner:
     padding: Padding | None = None
     _graphs: DecodeGraphs | None = None
 
+    def annotate_segments(self) -> None:
+        """Let every segment run under its name, where a profiler is to see names."""
+        annotate, run = self.context.annotate, self.execute or self.stage.run_eagerly
+        if annotate is unnamed:
+            return
+
+        def named(name: str, *activations: torch.Tensor) -> tuple[torch.Tensor, ...]:
+            with annotate(name):
+                return run(name, *activations)
+
+        self.execute = named
+
     def allocate(self, num_blocks: int, block_size: int) -> None:
         """Reserve the KV cache of every layer of the stage, and a block for padding."""
         self.num_blocks, self.block_size = num_blocks, block_size
@@ -87,10 +100,13 @@ class StageRunner:
         carry = None
         if not self.context.is_first_stage:
             carry = self.transfer.receive(inputs.num_rows)[0]
-        if self._graphs and inputs.is_decode and inputs.num_seqs in self._graphs:
-            outputs = self._graphs.run(inputs)
-        else:
-            outputs = self._forward(inputs.to(self.context.device), carry)
+        with self.context.annotate("stage", (self.context.coordinate.stage,)):
+            if self._graphs and inputs.is_decode and inputs.num_seqs in self._graphs:
+                # It writes where the carry of the step before lies.
+                self.transfer.drain()
+                outputs = self._graphs.run(inputs)
+            else:
+                outputs = self._forward(inputs.to(self.context.device), carry)
         if self.context.is_last_stage:
             logits, greedy = (x[: inputs.num_samples] for x in outputs)
             return StepOutput(logits, greedy)

@@ -43,6 +43,8 @@ class BatchSnapshot:
         wait_counts: requests that waited at most as long as each of `WAIT_BOUNDS_S`, then all.
         wait_p50_s: of recent requests; 0 while there is none.
         wait_p99_s: likewise.
+        batches_running: those that run now.
+        batch_s_sum: seconds from the start of a batch to its results, over all that have ended.
         batch_p50_s: seconds from the start of a recent batch to its results.
         batch_max_s: the longest of the recent ones.
     """
@@ -64,6 +66,8 @@ class BatchSnapshot:
     wait_counts: tuple[int, ...]
     wait_p50_s: float
     wait_p99_s: float
+    batches_running: int
+    batch_s_sum: float
     batch_p50_s: float
     batch_max_s: float
 
@@ -78,6 +82,8 @@ class BatchMetrics:
         self._reasons: Counter[str] = Counter()
         self._sizes: Counter[int] = Counter()
         self._wait_s_sum = 0.0
+        self._num_batches_running = 0
+        self._batch_s_sum = 0.0
         self._wait_counts = [0] * (len(WAIT_BOUNDS_S) + 1)
         self._recent_waits: deque[float] = deque(maxlen=_RECENT)
         self._recent_batches: deque[float] = deque(maxlen=_RECENT)
@@ -93,6 +99,7 @@ class BatchMetrics:
             self._reasons[reason.value] += 1
             self._sizes[len(waits_s)] += 1
             self._running += len(waits_s)
+            self._num_batches_running += 1
             self._wait_s_sum += sum(waits_s)
             self._recent_waits.extend(waits_s)
             for wait_s in waits_s:
@@ -102,6 +109,8 @@ class BatchMetrics:
         """Args: seconds: since it was started."""
         with self._lock:
             self._running -= num_requests
+            self._num_batches_running -= 1
+            self._batch_s_sum += seconds
             self._requests["failed" if has_failed else "completed"] += num_requests
             self._recent_batches.append(seconds)
 
@@ -125,6 +134,8 @@ class BatchMetrics:
                 wait_counts=tuple(accumulate(self._wait_counts)),
                 wait_p50_s=_percentile(waits, 50),
                 wait_p99_s=_percentile(waits, 99),
+                batches_running=self._num_batches_running,
+                batch_s_sum=self._batch_s_sum,
                 batch_p50_s=_percentile(batches, 50),
                 batch_max_s=_percentile(batches, 100),
             )

@@ -4,6 +4,7 @@ import math
 from dataclasses import dataclass
 
 from parallel.errors import ConfigError
+from runner.config.schema import SchedulerConfig
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,22 @@ class BatchingPolicy:
     max_queue_size: int
     preferred_batch_sizes: tuple[int, ...] = ()
     deadline_margin_ms: float = 5.0
+
+    @classmethod
+    def of(
+        cls, scheduler: SchedulerConfig, *, is_batched: bool, min_queue_size: int = 1
+    ) -> "BatchingPolicy":
+        """What the configuration says.
+
+        Args:
+            is_batched: see `GraphPlan`; other models run one sample at a time.
+        """
+        return cls(
+            max_batch_size=scheduler.max_batch_size if is_batched else 1,
+            max_queue_delay_ms=scheduler.max_queue_delay_ms,
+            max_queue_size=max(scheduler.max_queue_size, min_queue_size),
+            preferred_batch_sizes=tuple(scheduler.preferred_batch_size or ()),
+        )
 
     def __post_init__(self) -> None:
         if self.max_batch_size < 1:

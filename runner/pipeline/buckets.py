@@ -25,6 +25,14 @@ class Buckets:
             sizes[batch_size(bucket, plan)] = index
         return cls(found)
 
+    @property
+    def dims(self) -> tuple[tuple[int | None, ...], ...]:
+        """The sizes of every input's dims; None where buckets differ."""
+        return tuple(
+            tuple(sizes[0] if len(set(sizes)) == 1 else None for sizes in zip(*shapes, strict=True))
+            for shapes in zip(*self.by_shapes, strict=True)
+        )
+
     def check(self, shapes: Shapes) -> None:
         """Raises ConfigError: no bucket is for samples of these shapes."""
         if shapes not in self.by_shapes:

@@ -54,11 +54,8 @@ class Inputs:
         tiling = tiling_of(config)
         if tiling:
             _check_tiling(tiling, plan)
-        first = 1 if plan.is_batched else 0
         specs = []
-        for position, declared in enumerate(plan.buckets[-1]):
-            shapes = [bucket[position].shape[first:] for bucket in plan.buckets]
-            dims = tuple(int(d[0]) if len(set(d)) == 1 else None for d in zip(*shapes, strict=True))
+        for declared, dims in zip(plan.buckets[-1], Buckets.of(plan).dims, strict=True):
             if tiling:
                 dims = (*dims[: -len(tiling.roi_size)], *(None for _ in tiling.roi_size))
             specs.append(ArraySpec(declared.name, declared.dtype, dims))
@@ -163,12 +160,10 @@ class OfflineRun:
 
     def _make_policy(self) -> BatchingPolicy:
         """Of items that are on the disk none is refused, so the queue holds one item at least."""
-        scheduler = self._config.scheduler
-        return BatchingPolicy(
-            max_batch_size=scheduler.max_batch_size if self._plan.is_batched else 1,
-            max_queue_delay_ms=scheduler.max_queue_delay_ms,
-            max_queue_size=max(scheduler.max_queue_size, self._samples_of_item()),
-            preferred_batch_sizes=tuple(scheduler.preferred_batch_size or ()),
+        return BatchingPolicy.of(
+            self._config.scheduler,
+            is_batched=self._plan.is_batched,
+            min_queue_size=self._samples_of_item(),
         )
 
     def _window(self, stages: int) -> int:

@@ -113,7 +113,7 @@ class Pipeline:
             if batch is None:
                 break
             slot = (slot + 1) % NUM_SLOTS
-            self._run(batch, slot)
+            self._attempt(batch, slot)
         self._awaited.put(None)
         collector.join()
         self._tell(Header(Order.LEAVE))
@@ -122,6 +122,18 @@ class Pipeline:
     def _tell(self, header: Header) -> None:
         self._relay.announce(header)
         self._relay.send(header)
+
+    def _attempt(self, batch: _Batch, slot: int) -> None:
+        """Run a batch. A rank that is alone on a CPU is after an exception what it was before, so
+        the batch alone fails; others would wait for what does not come, and a GPU's state is lost.
+        """
+        try:
+            self._run(batch, slot)
+        except Exception as error:
+            if self._context.topology.world_size > 1 or self._worker.device.type != "cpu":
+                raise
+            if self._settles(batch.answer):
+                batch.answer.set_exception(error)
 
     def _run(self, batch: _Batch, slot: int) -> None:
         worker, relay = self._worker, self._relay

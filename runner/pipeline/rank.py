@@ -12,7 +12,7 @@ from parallel.context import ParallelContext
 from parallel.launch import RankEnv
 from runner.compiler.counter import compilations
 from runner.graph_planning import GraphJob
-from runner.joining import as_rank, join
+from runner.joining import annotation, as_rank, join
 from runner.pipeline.check import check_sharded, must_check
 from runner.pipeline.follower import follow
 from runner.pipeline.loading import load_worker
@@ -62,7 +62,7 @@ def run_graph_rank(job: GraphJob, env: RankEnv, use: Use | None) -> PipelineRepo
     with as_rank(job, env) as phase:
         rebuilds = job.on_mismatch == "rebuild"
         patience_s = job.config.distributed.build_timeout_s if rebuilds else None
-        context = join(job, env, phase, setup_timeout_s=patience_s)
+        context = join(job, env, phase, setup_timeout_s=patience_s).annotated(annotation(job))
         phase.name = "loading the model"
         worker = load_worker(job, context)
         all_gather_bytes(b"", context.setup)  # Loading takes some ranks longer than others.

@@ -69,7 +69,7 @@ class StageWorker:
         Returns:
             What the stage sends; valid until the next run in this slot.
         """
-        with self.busy.running():
+        with self.busy.running(), self._group.annotate("batch of bucket", (bucket,)):
             if captured := self._graphs.get((bucket, slot)):
                 graph, sends = captured
                 graph.replay()
@@ -109,7 +109,8 @@ class StageWorker:
                 continue
             kind = step.segment.kind
             activations = [values[name] for name in step.inputs]
-            outputs = self._runs[bucket][kind](*activations, *self._weights[bucket, kind])
+            with self._group.annotate(kind):
+                outputs = self._runs[bucket][kind](*activations, *self._weights[bucket, kind])
             values.update(zip(step.outputs, outputs, strict=True))
         return {value.name: values[value.name] for value in program.sends}
 

@@ -119,7 +119,7 @@ def complete_in_few_blocks(
 
     def watched() -> list[Scheduled]:
         parts = schedule()
-        seen.extend((p.sequence.request.request_id, p.sequence.num_computed) for p in parts)
+        seen.extend((p.sequence.request.request_id, p.start) for p in parts)
         return parts
 
     with patch.object(engine.scheduler, "schedule", watched):
@@ -136,8 +136,8 @@ def logits(
     front = ListFront(requests_of(job, prompts, 1, {}))
     engine = make_engine(job, stage_runner, front if context.rank == 0 else None)
     engine.admit(front.next())
-    scheduled = engine.scheduler.schedule()
-    inputs = lay_out(scheduled, engine.block_size)
+    groups = iter(engine.scheduler.schedule, [])
+    inputs = lay_out([part for group in groups for part in group], engine.block_size)
     output = stage_runner.run(inputs.with_all_logits(None))
     stage_runner.transfer.drain()
     return None if output is None else list(output.logits.split([len(p) for p in prompts]))

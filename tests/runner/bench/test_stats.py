@@ -7,9 +7,10 @@ from runner.bench.stats import Summary, is_stable, summarize
 
 def test_percentiles_are_interpolated() -> None:
     assert summarize([4.0, 1.0, 3.0, 2.0, 5.0]) == Summary(
-        5, 1.0, 3.0, pytest.approx(4.6), pytest.approx(4.96), 5.0
+        5, 1.0, 3.0, 3.0, pytest.approx(4.6), pytest.approx(4.8), pytest.approx(4.96), 5.0
     )
-    assert summarize([7.0]) == Summary(1, 7.0, 7.0, 7.0, 7.0, 7.0)
+    assert summarize([1.0, 1.0, 7.0]).mean == 3.0
+    assert summarize([7.0]) == Summary(1, *[7.0] * 7)
 
 
 @pytest.mark.parametrize(

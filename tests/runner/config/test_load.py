@@ -130,6 +130,7 @@ def test_origins_cover_every_key_in_the_order_of_the_schema() -> None:
         "server.max_request_bytes": "default",
         "server.request_timeout_s": "default",
         "server.shutdown_timeout_s": "default",
+        "observability.nvtx": "default",
         "security.factories": "default",
     }
     assert list(loaded.origins)[:3] == ["version", "model.path", "model.format"]

@@ -93,6 +93,7 @@ def test_defaults_are_those_that_the_documentation_promises() -> None:
             "request_timeout_s": None,
             "shutdown_timeout_s": 60.0,
         },
+        "observability": {"nvtx": False},
         "security": {"factories": []},
     }
 

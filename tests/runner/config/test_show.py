@@ -93,6 +93,7 @@ def test_each_value_stands_in_one_aligned_line_with_its_origin() -> None:
         "server.max_request_bytes                2097152              default",
         "server.request_timeout_s                null                 default",
         "server.shutdown_timeout_s               60.0                 default",
+        "observability.nvtx                      false                default",
         "security.factories                      []                   default",
     ]
 

@@ -22,7 +22,7 @@ def test_prefill_a_chunk_of_it_and_decoding_side_by_side() -> None:
     decoding = sequence([10, 11, 12, 13, 14, 15], computed=5, blocks=[7, 2], variant=1)
     whole = sequence([20, 21, 22], computed=0, blocks=[5])
     chunk = sequence([30, 31, 32, 33, 34, 35, 36, 37, 38], computed=3, blocks=[1, 9, 4])
-    scheduled = [Scheduled(decoding, 1), Scheduled(whole, 3), Scheduled(chunk, 4)]
+    scheduled = [Scheduled.of(decoding, 1), Scheduled.of(whole, 3), Scheduled.of(chunk, 4)]
     batch = lay_out(scheduled, 4).to(CPU)
     assert batch.token_ids.tolist() == [15, 20, 21, 22, 33, 34, 35, 36]
     assert batch.positions.tolist() == [5, 0, 1, 2, 3, 4, 5, 6]
@@ -43,13 +43,13 @@ def test_prefill_a_chunk_of_it_and_decoding_side_by_side() -> None:
 
 
 def test_no_logits_where_no_sequence_reaches_its_end() -> None:
-    batch = lay_out([Scheduled(sequence([1, 2, 3], computed=0, blocks=[0]), 2)], 16).to(CPU)
+    batch = lay_out([Scheduled.of(sequence([1, 2, 3], computed=0, blocks=[0]), 2)], 16).to(CPU)
     assert batch.logits_rows.tolist() == []
     assert batch.logits_rows.dtype == torch.int64
 
 
 def test_what_kernels_index_with_is_int32() -> None:
-    batch = lay_out([Scheduled(sequence([1], computed=0, blocks=[0]), 1)], 16).to(CPU)
+    batch = lay_out([Scheduled.of(sequence([1], computed=0, blocks=[0]), 1)], 16).to(CPU)
     short = {"block_tables", "query_offsets", "kv_lengths"}
     for name, value in vars(batch).items():
         if isinstance(value, torch.Tensor):
@@ -59,7 +59,7 @@ def test_what_kernels_index_with_is_int32() -> None:
 def test_tokens_that_are_computed_again_go_where_they_were() -> None:
     """As when a sequence crosses to other rotary frequencies."""
     crossing = sequence([1, 2, 3, 4, 5], computed=0, blocks=[6, 3], variant=1)
-    batch = lay_out([Scheduled(crossing, 5)], 4).to(CPU)
+    batch = lay_out([Scheduled.of(crossing, 5)], 4).to(CPU)
     assert batch.positions.tolist() == [0, 1, 2, 3, 4]
     assert batch.slots.tolist() == [24, 25, 26, 27, 12]
     assert batch.rope_variants.tolist() == [1] * 5
@@ -68,12 +68,15 @@ def test_tokens_that_are_computed_again_go_where_they_were() -> None:
 def mixed() -> list[Scheduled]:
     """A prompt of three tokens beside a sequence that decodes its sixth."""
     decoding = sequence([10, 11, 12, 13, 14, 15], computed=5, blocks=[7, 2], variant=1)
-    return [Scheduled(decoding, 1), Scheduled(sequence([20, 21, 22], computed=0, blocks=[5]), 3)]
+    return [
+        Scheduled.of(decoding, 1),
+        Scheduled.of(sequence([20, 21, 22], computed=0, blocks=[5]), 3),
+    ]
 
 
 def decoding(count: int) -> list[Scheduled]:
     return [
-        Scheduled(sequence([10 + i, 20 + i, 30 + i], computed=2, blocks=[i]), 1)
+        Scheduled.of(sequence([10 + i, 20 + i, 30 + i], computed=2, blocks=[i]), 1)
         for i in range(count)
     ]
 
@@ -84,7 +87,7 @@ def test_the_smallest_bucket_that_holds_them(num_rows: int, bucket: int) -> None
 
 
 def test_rows_and_samples_are_padded_and_padding_writes_where_no_sequence_reads() -> None:
-    parts = [*mixed(), Scheduled(sequence([40, 41], computed=1, blocks=[6]), 1)]
+    parts = [*mixed(), Scheduled.of(sequence([40, 41], computed=1, blocks=[6]), 1)]
     inputs = lay_out(parts, 4, Padding(BUCKETS, SCRATCH))
     assert (inputs.num_rows, inputs.num_seqs, inputs.num_samples) == (8, 3, 3)
     assert not inputs.is_decode
@@ -110,7 +113,7 @@ def test_a_step_that_fills_its_bucket_is_not_padded() -> None:
 
 
 def test_a_chunk_that_samples_nothing_has_no_samples_to_pad() -> None:
-    chunk = [Scheduled(sequence([1, 2, 3, 4], computed=0, blocks=[0]), 3)]
+    chunk = [Scheduled.of(sequence([1, 2, 3, 4], computed=0, blocks=[0]), 3)]
     inputs = lay_out(chunk, 4, Padding(BUCKETS, SCRATCH))
     assert (inputs.num_rows, inputs.num_samples) == (4, 0)
     assert inputs.to(CPU).logits_rows.tolist() == []
@@ -132,14 +135,14 @@ def test_a_prompt_makes_a_step_that_no_graph_was_captured_of() -> None:
     inputs = lay_out(mixed(), 4, padding)
     assert (inputs.is_decode, inputs.num_seqs) == (False, 2)
     # A prompt of one token is no different from a decoded one.
-    single = [Scheduled(sequence([9], computed=0, blocks=[3]), 1)]
+    single = [Scheduled.of(sequence([9], computed=0, blocks=[3]), 1)]
     assert lay_out(single, 4, padding).is_decode
     assert not lay_out(single, 4, Padding(BUCKETS, SCRATCH)).is_decode
 
 
 @pytest.mark.parametrize(("padding", "padded"), [(None, 0), (Padding(BUCKETS, SCRATCH), 3)])
 def test_the_logits_of_every_row_instead_of_the_last(padding: Padding | None, padded: int) -> None:
-    parts = [*mixed(), Scheduled(sequence([40, 41, 42], computed=0, blocks=[6]), 1)]
+    parts = [*mixed(), Scheduled.of(sequence([40, 41, 42], computed=0, blocks=[6]), 1)]
     inputs = lay_out(parts, 4, padding)
     every = inputs.with_all_logits(padding)
     assert every.num_samples == 5

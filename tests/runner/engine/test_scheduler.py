@@ -1,5 +1,6 @@
 """Who runs when: by hand for each rule, then at random for what must never happen."""
 
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -40,12 +41,14 @@ def scheduler_of(
     *,
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 100,
+    num_groups: int = 1,
     rope_switch_length: int | None = None,
 ) -> Scheduler:
     return Scheduler(
         pool or BlockPool(100, 4),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
+        num_groups=num_groups,
         rope_switch_length=rope_switch_length,
     )
 
@@ -107,6 +110,58 @@ def test_a_step_smaller_than_the_running_set_serves_the_first() -> None:
     assert step(scheduler) == [(1, 1), (2, 1)]
     assert step(scheduler) == [(1, 1), (2, 1)]
     assert step(scheduler) == [(3, 1)]
+
+
+def test_as_many_groups_as_steps_that_may_be_under_way() -> None:
+    scheduler = scheduler_of(num_groups=2)
+    for request_id in range(1, 6):
+        scheduler.add(request(request_id, 3, 9))
+    one, two = scheduler.schedule(), scheduler.schedule()
+    assert (shape(one), shape(two)) == ([(1, 3), (2, 3), (3, 3)], [(4, 3), (5, 3)])
+    assert scheduler.schedule() == [], "all wait for tokens"
+    for _ in range(3):
+        commit(scheduler, one)
+        one = scheduler.schedule()
+        assert shape(one) == [(1, 1), (2, 1), (3, 1)]
+        commit(scheduler, two)
+        two = scheduler.schedule()
+        assert shape(two) == [(4, 1), (5, 1)]
+
+
+def test_chunks_of_one_prompt_do_not_wait_for_one_another() -> None:
+    scheduler = scheduler_of(num_groups=2, max_num_batched_tokens=4)
+    scheduler.add(request(1, 10, 2))
+    steps = [scheduler.schedule() for _ in range(4)]
+    assert [shape(parts) for parts in steps] == [[(1, 4)], [(1, 4)], [(1, 2)], []]
+
+
+@pytest.mark.parametrize(("max_tokens", "reason"), [(1, "length"), (3, None)])
+def test_a_token_under_way_reaches_a_sequence_that_gave_way(
+    max_tokens: int, reason: str | None
+) -> None:
+    """Its blocks are gone, but what was computed in them holds."""
+    scheduler = scheduler_of(BlockPool(4, 4), num_groups=2)
+    scheduler.add(request(1, 8, 5))
+    scheduler.add(request(2, 7, max_tokens))
+    one, two = scheduler.schedule(), scheduler.schedule()
+    commit(scheduler, one)
+    one = scheduler.schedule()
+    assert shape(one) == [(1, 1)], "it took a block of the second one"
+    assert scheduler.schedule() == [], "whose token is not known yet, so it is not admitted again"
+    assert commit(scheduler, two) == [Output(2, token(2, 7), reason)]
+    while scheduler.load().num_running:
+        commit(scheduler, one)
+        one = scheduler.schedule()
+    assert not scheduler.has_work
+
+
+def test_what_was_aborted_gets_no_token_that_was_under_way() -> None:
+    scheduler = scheduler_of(num_groups=2)
+    scheduler.add(request(1, 3, 9))
+    under_way = scheduler.schedule()
+    scheduler.abort(1)
+    assert commit(scheduler, under_way) == []
+    assert not scheduler.has_work
 
 
 def test_no_one_overtakes_a_request_that_waits_for_blocks() -> None:
@@ -288,6 +343,7 @@ class Twins:
         self.ended: dict[int, str] = {}
         self.admitted: dict[int, Sequence] = {}
         self.cache: dict[int, tuple[int, ...]] = {}
+        self.under_way: deque[tuple[list[Scheduled], list[Scheduled]]] = deque()
 
     def add(self, prompt_len: int, max_tokens: int, family: int | None) -> None:
         asked = request(len(self.requests), prompt_len, max_tokens, STOP, family=family)
@@ -307,12 +363,24 @@ class Twins:
         if request_id in self.ids:
             self.ended.setdefault(request_id, "aborted")
 
+    @property
+    def have_work(self) -> bool:
+        return bool(self.under_way) or self.schedulers[0].has_work
+
     def step(self) -> None:
+        """Schedule; commit the oldest step where there are enough, or where all wait for one."""
         one, other = (scheduler.schedule() for scheduler in self.schedulers)
         assert shape(one) == shape(other)
         assert [part.sequence for part in one] == [part.sequence for part in other]
         self._check(one)
-        outputs = [commit(s, parts) for s, parts in zip(self.schedulers, (one, other), strict=True)]
+        if one:
+            self.under_way.append((one, other))
+        if len(self.under_way) == self.sizes["num_groups"] or not one:
+            self._commit()
+
+    def _commit(self) -> None:
+        parts = zip(self.schedulers, self.under_way.popleft(), strict=True)
+        outputs = [commit(scheduler, of_one) for scheduler, of_one in parts]
         assert outputs[0] == outputs[1]
         for output in outputs[0]:
             assert output.request_id not in self.ended
@@ -321,10 +389,12 @@ class Twins:
                 self.ended[output.request_id] = output.finish_reason
 
     def _check(self, scheduled: list[Scheduled]) -> None:
-        assert scheduled
+        assert scheduled or self.under_way
         assert all(part.num_tokens > 0 for part in scheduled)
         assert sum(part.num_tokens for part in scheduled) <= self.sizes["max_num_batched_tokens"]
+        waiting = [p.sequence for step, _ in self.under_way for p in step if p.samples]
         for part in scheduled:
+            assert all(part.sequence is not sequence for sequence in waiting)
             self.admitted.setdefault(part.sequence.request.request_id, part.sequence)
         assert list(self.admitted) == sorted(self.admitted)
         running = [s for request_id, s in self.admitted.items() if request_id not in self.ended]
@@ -336,15 +406,14 @@ class Twins:
     def _write(self, scheduled: list[Scheduled]) -> None:
         written: dict[int, tuple[int, ...]] = {}
         for part in scheduled:
-            first = part.sequence.num_computed
-            for position in range(first, first + part.num_tokens):
+            for position in range(part.start, part.start + part.num_tokens):
                 slot = self._slot(part.sequence, position)
                 assert slot not in written, "two tokens of a step go to one slot"
                 written[slot] = _contents(part.sequence, position)
         self.cache |= written
 
     def _read(self, part: Scheduled) -> None:
-        for position in range(part.sequence.num_computed + part.num_tokens):
+        for position in range(part.start + part.num_tokens):
             slot = self._slot(part.sequence, position)
             assert self.cache[slot] == _contents(part.sequence, position)
 
@@ -373,6 +442,7 @@ def _contents(sequence: Sequence, position: int) -> tuple[int, ...]:
     events=EVENTS,
     max_num_seqs=st.integers(1, 4),
     max_num_batched_tokens=st.integers(1, 25),
+    num_groups=st.integers(1, 3),
     rope_switch_length=st.sampled_from([None, 9]),
     num_blocks=st.integers(2, 12),
     block_size=st.sampled_from([1, 4]),
@@ -389,9 +459,9 @@ def test_whatever_happens(
             twins.add(first, second, family)
         elif kind == "abort":
             twins.abort(first)
-        elif twins.schedulers[0].has_work:
+        elif twins.have_work:
             twins.step()
-    while twins.schedulers[0].has_work:
+    while twins.have_work:
         twins.step()
     assert not twins.schedulers[1].has_work
     twins.check_end()

@@ -48,7 +48,7 @@ class Tokens:
     def step(self, parts: Seq[tuple[int, int]], window: int | None = None) -> list[torch.Tensor]:
         """Attend with the next tokens of some sequences: pairs of (sequence, number of tokens)."""
         spans = [(i, slice(self.sequences[i].num_computed, None)) for i, _ in parts]
-        scheduled = [Scheduled(self.sequences[i], n) for i, n in parts]
+        scheduled = [Scheduled.of(self.sequences[i], n) for i, n in parts]
         batch = lay_out(scheduled, BLOCK_SIZE).to(CPU)
 
         def flat(of: list[torch.Tensor]) -> torch.Tensor:

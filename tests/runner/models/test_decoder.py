@@ -143,7 +143,7 @@ def prefill(prompts: list[list[int]], block_size: int) -> Batch:
         sequence = Sequence.of(Request(index, tuple(prompt), 1))
         sequence.blocks = list(range(block, block + -(-len(prompt) // block_size)))
         block += len(sequence.blocks)
-        scheduled.append(Scheduled(sequence, len(prompt)))
+        scheduled.append(Scheduled.of(sequence, len(prompt)))
     return lay_out(scheduled, block_size).to(torch.device("cpu"))
 
 

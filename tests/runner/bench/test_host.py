@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from runner.bench.environment import read_commit
+from runner.bench.host import read_commit
 
 
 @pytest.fixture

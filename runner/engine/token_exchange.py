@@ -1,0 +1,72 @@
+"""Chosen tokens on their way from the rank that chose them to the hosts of all ranks.
+
+They set out as soon as they are chosen. A host that reads them waits for nothing else: its device
+may be at work on later steps.
+"""
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+
+from parallel.context import ParallelContext
+
+Read = Callable[[], list[int]]
+"""Waits for a step's tokens."""
+
+
+class TokenExchange:
+    """One rank's end."""
+
+    def __init__(self, context: ParallelContext) -> None:
+        self.source = context.topology.ranks(context.topology.last_stage)[0]
+        self._group = context.world.process_group
+        self._device = context.device
+        is_gpu = context.device.type == "cuda"
+        self._stream = torch.cuda.Stream(context.device) if is_gpu else None  # type: ignore[no-untyped-call]
+
+    def send(self, chosen: torch.Tensor) -> Read:
+        """Begin to send tokens; on `source`.
+
+        Args:
+            chosen: (num_samples,) int64, which the next step may overwrite.
+        """
+        if self._group is None:
+            return _to_host(chosen)
+        chosen = chosen.clone()
+        work = dist.broadcast(chosen, self.source, group=self._group, async_op=True)
+        read = _to_host(chosen)
+
+        def read_when_sent() -> list[int]:
+            work.wait()
+            return read()
+
+        return read_when_sent
+
+    def expect(self, num_samples: int) -> Read:
+        """The next tokens that are sent; on the other ranks."""
+
+        def receive() -> list[int]:
+            with torch.cuda.stream(self._stream):
+                tokens = torch.empty(num_samples, dtype=torch.int64, device=self._device)
+                dist.broadcast(tokens, self.source, group=self._group)
+                return _to_host(tokens)()
+
+        return receive
+
+
+def _to_host(tokens: torch.Tensor) -> Read:
+    """Begin to copy tokens off their device."""
+    if tokens.device.type == "cpu":
+        return tokens.tolist
+    on_host = torch.empty(tokens.shape, dtype=tokens.dtype, pin_memory=True)
+    on_host.copy_(tokens, non_blocking=True)
+    copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+    copied.record()
+
+    def read() -> list[int]:
+        copied.synchronize()
+        ids: list[int] = on_host.tolist()
+        return ids
+
+    return read
