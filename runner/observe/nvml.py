@@ -15,7 +15,8 @@ from runner.observe.links import GpuPair, decode_p2p_status, decode_topology
 _P2P_READ, _P2P_WRITE, _P2P_NVLINK = 0, 1, 2
 _CLOCK_SM, _CLOCK_MEMORY = 1, 2
 _TEMPERATURE_GPU = 0
-_ECC_UNCORRECTED, _ECC_SINCE_DRIVER_LOAD = 1, 0
+_ECC_CORRECTED, _ECC_UNCORRECTED, _ECC_SINCE_DRIVER_LOAD = 0, 1, 0
+_NVLINK_CRC_ERRORS = 2
 _FEATURE_ENABLED = 1
 
 _THROTTLE_REASONS = {
@@ -37,14 +38,17 @@ _THROTTLE_REASONS = {
 class Gpu:
     """One GPU. A field that this GPU or driver does not support is None.
 
-    `fault` holds NVML's words where the driver counts the GPU but cannot open it; every other
-    field is None then. `ecc_uncorrected_errors` counts since the driver was loaded.
+    `fault` holds NVML's words where the driver counts the GPU but cannot open or reach it; every
+    other field is None then. Errors of ECC count since the driver was loaded.
     """
 
     index: int
     fault: str | None = None
     uuid: str | None = None
     name: str | None = None
+    pci_bus_id: str | None = None
+    utilization_perc: int | None = None
+    memory_utilization_perc: int | None = None
     memory_total_bytes: int | None = None
     memory_free_bytes: int | None = None
     compute_capability: tuple[int, int] | None = None
@@ -52,16 +56,19 @@ class Gpu:
     sm_clock_max_mhz: int | None = None
     memory_clock_mhz: int | None = None
     memory_clock_max_mhz: int | None = None
+    throttle_mask: int | None = None
     throttle_reasons: tuple[str, ...] | None = None
     temperature_c: int | None = None
     power_w: float | None = None
     power_limit_w: float | None = None
+    ecc_corrected_errors: int | None = None
     ecc_uncorrected_errors: int | None = None
     row_remap_pending: bool | None = None
     row_remap_failed: bool | None = None
     mig_enabled: bool | None = None
     persistence_enabled: bool | None = None
     nvlinks_active: int | None = None
+    nvlink_crc_errors: int | None = None
 
 
 @dataclass(frozen=True)
@@ -80,8 +87,12 @@ class Inventory:
     pairs: tuple[GpuPair, ...] = ()
 
 
-def read_inventory() -> Inventory:
-    """Ask the driver once about every GPU; takes some milliseconds a GPU, seconds on a cold one."""
+def read_inventory(*, with_pairs: bool = True) -> Inventory:
+    """Ask the driver once about every GPU; takes some milliseconds a GPU, seconds on a cold one.
+
+    Args:
+        with_pairs: ask for the links between GPUs too, which do not change.
+    """
     import pynvml
 
     try:
@@ -89,7 +100,7 @@ def read_inventory() -> Inventory:
     except pynvml.NVMLError as error:
         return _without_gpus(pynvml, error)
     try:
-        return _read_all(_Driver(pynvml))
+        return _read_all(_Driver(pynvml), with_pairs=with_pairs)
     finally:
         with suppress(pynvml.NVMLError):
             pynvml.nvmlShutdown()
@@ -133,6 +144,22 @@ class _Driver:
             self.faults[index] = str(error)
             return None
 
+    def why_lost(self, handle: Any) -> str | None:
+        """NVML's words for a GPU that was there and is not: it fell off the bus, or the container
+        lost its device.
+        """
+        library = self._library
+        gone = (
+            library.NVML_ERROR_GPU_IS_LOST,
+            library.NVML_ERROR_NO_PERMISSION,
+            library.NVML_ERROR_UNKNOWN,
+        )
+        try:
+            library.nvmlDeviceGetMemoryInfo(handle)
+        except library.NVMLError as error:
+            return str(error) if error.value in gone else None
+        return None
+
     @property
     def max_links(self) -> int:
         return int(self._library.NVML_NVLINK_MAX_LINKS)
@@ -146,7 +173,7 @@ def _without_gpus(pynvml: ModuleType, error: Any) -> Inventory:
     return Inventory("broken", f"the NVIDIA driver does not answer: {error}")
 
 
-def _read_all(driver: _Driver) -> Inventory:
+def _read_all(driver: _Driver, *, with_pairs: bool) -> Inventory:
     count = driver.ask("DeviceGetCount") or 0
     handles = {index: driver.open(index) for index in range(count)}
     # The older call invents a version where libcuda.so.1 is missing; this one says so.
@@ -157,14 +184,18 @@ def _read_all(driver: _Driver) -> Inventory:
         driver_version=driver.ask("SystemGetDriverVersion"),
         cuda_version=None if cuda_number is None else decode_cuda_version(cuda_number),
         gpus=tuple(_read_gpu(driver, index, handle) for index, handle in handles.items()),
-        pairs=tuple(_read_pairs(driver, handles)),
+        pairs=tuple(_read_pairs(driver, handles)) if with_pairs else (),
     )
 
 
 def _read_gpu(driver: _Driver, index: int, handle: Any) -> Gpu:
     if handle is None:
         return Gpu(index, fault=driver.faults[index])
+    if lost := driver.why_lost(handle):
+        return Gpu(index, fault=lost)
     memory = driver.ask("DeviceGetMemoryInfo", handle)
+    busy = driver.ask("DeviceGetUtilizationRates", handle)
+    pci = driver.ask("DeviceGetPciInfo", handle)
     reasons = driver.ask("DeviceGetCurrentClocksEventReasons", handle)
     remapped = driver.ask("DeviceGetRemappedRows", handle)
     mig_modes = driver.ask("DeviceGetMigMode", handle)
@@ -172,6 +203,9 @@ def _read_gpu(driver: _Driver, index: int, handle: Any) -> Gpu:
         index,
         uuid=driver.ask("DeviceGetUUID", handle),
         name=driver.ask("DeviceGetName", handle),
+        pci_bus_id=None if pci is None else pci.busId,
+        utilization_perc=None if busy is None else busy.gpu,
+        memory_utilization_perc=None if busy is None else busy.memory,
         memory_total_bytes=None if memory is None else memory.total,
         memory_free_bytes=None if memory is None else memory.free,
         compute_capability=driver.ask("DeviceGetCudaComputeCapability", handle),
@@ -179,18 +213,19 @@ def _read_gpu(driver: _Driver, index: int, handle: Any) -> Gpu:
         sm_clock_max_mhz=driver.ask("DeviceGetMaxClockInfo", handle, _CLOCK_SM),
         memory_clock_mhz=driver.ask("DeviceGetClockInfo", handle, _CLOCK_MEMORY),
         memory_clock_max_mhz=driver.ask("DeviceGetMaxClockInfo", handle, _CLOCK_MEMORY),
+        throttle_mask=reasons,
         throttle_reasons=None if reasons is None else decode_throttle_reasons(reasons),
         temperature_c=_read_temperature(driver, handle),
         power_w=_watts(driver.ask("DeviceGetPowerUsage", handle)),
         power_limit_w=_watts(driver.ask("DeviceGetEnforcedPowerLimit", handle)),
-        ecc_uncorrected_errors=driver.ask(
-            "DeviceGetTotalEccErrors", handle, _ECC_UNCORRECTED, _ECC_SINCE_DRIVER_LOAD
-        ),
+        ecc_corrected_errors=_count_ecc_errors(driver, handle, _ECC_CORRECTED),
+        ecc_uncorrected_errors=_count_ecc_errors(driver, handle, _ECC_UNCORRECTED),
         row_remap_pending=None if remapped is None else bool(remapped[2]),
         row_remap_failed=None if remapped is None else bool(remapped[3]),
         mig_enabled=None if mig_modes is None else mig_modes[0] == _FEATURE_ENABLED,
         persistence_enabled=_enabled(driver.ask("DeviceGetPersistenceMode", handle)),
         nvlinks_active=_count_nvlinks(driver, handle),
+        nvlink_crc_errors=_count_nvlink_errors(driver, handle),
     )
 
 
@@ -215,6 +250,20 @@ def _count_nvlinks(driver: _Driver, handle: Any) -> int | None:
     states = [driver.ask("DeviceGetNvLinkState", handle, link) for link in range(driver.max_links)]
     known = [state for state in states if state is not None]
     return sum(state == _FEATURE_ENABLED for state in known) if known else None
+
+
+def _count_nvlink_errors(driver: _Driver, handle: Any) -> int | None:
+    counts = [
+        driver.ask("DeviceGetNvLinkErrorCounter", handle, link, _NVLINK_CRC_ERRORS)
+        for link in range(driver.max_links)
+    ]
+    known = [count for count in counts if count is not None]
+    return sum(known) if known else None
+
+
+def _count_ecc_errors(driver: _Driver, handle: Any, kind: int) -> int | None:
+    count: int | None = driver.ask("DeviceGetTotalEccErrors", handle, kind, _ECC_SINCE_DRIVER_LOAD)
+    return count
 
 
 def _read_pairs(driver: _Driver, handles: dict[int, Any]) -> Iterable[GpuPair]:
