@@ -1,4 +1,4 @@
-"""`shardline serve`: a language model behind OpenAI's API; `shardline health`: ask how it is."""
+"""`shardline serve`: a model behind an HTTP API; `shardline health`: ask how it is."""
 
 import sys
 from functools import partial
@@ -11,12 +11,16 @@ from runner.cli.options import with_job_options
 from runner.cli.ranks import on_ranks, say_what_runs
 
 if TYPE_CHECKING:
+    from runner.graph_planning import GraphJob
     from runner.planning import DecoderJob
 
 
-@with_job_options("decoder")
-def serve(*, job: "DecoderJob") -> None:
-    """Serve a language model over HTTP until SIGTERM or Ctrl-C; open requests are finished.
+@with_job_options("decoder", "graph")
+def serve(*, job: "DecoderJob | GraphJob") -> None:
+    """Serve a model over HTTP until SIGTERM or Ctrl-C; open requests are finished.
+
+    A language model is behind OpenAI's API, a tensor model behind the Open Inference Protocol
+    (KServe v2).
 
     Where to listen, the key, and limits are keys of the configuration's section server, such as
     --set server.port=9000. Starts its own ranks, or joins those that torchrun started.

@@ -1,7 +1,7 @@
-"""What a client is told when its request cannot be answered, in the shape of OpenAI's errors."""
+"""What a client is told when its request cannot be answered, in the shape of its API's errors."""
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -37,6 +37,7 @@ class ApiError(Exception):
         self.headers = dict(headers or {})
 
     def body(self) -> dict[str, Any]:
+        """In the shape of OpenAI's."""
         kind = _TYPES.get(
             self.status, "server_error" if self.status >= 500 else "invalid_request_error"
         )
@@ -44,29 +45,37 @@ class ApiError(Exception):
         # What a client sent may hold half a surrogate pair, which no answer can.
         return {"error": {key: value and _whole(value) for key, value in told.items()}}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body(), self.status, self.headers)
+    def short_body(self) -> dict[str, Any]:
+        """In the shape of the Open Inference Protocol's."""
+        return {"error": _whole(self.message)}
+
+    def response(self, shape: "Shape") -> JSONResponse:
+        return JSONResponse(shape(self), self.status, self.headers)
+
+
+Shape = Callable[[ApiError], dict[str, Any]]
+"""The body of an answer that says what was wrong."""
 
 
 def _whole(text: str) -> str:
     return text.encode(errors="replace").decode()
 
 
-def install_handlers(app: FastAPI) -> None:
+def install_handlers(app: FastAPI, shape: Shape) -> None:
     """Let every error of `app` leave in this shape."""
 
     async def ours(_request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, ApiError)
-        return error.response()
+        return error.response(shape)
 
     async def of_ours(request: Request, error: Exception) -> JSONResponse:
         _LOG.error("%s %s", request.method, request.url.path, exc_info=error)
-        return ApiError(500, "a defect of the server; its log says more").response()
+        return ApiError(500, "a defect of the server; its log says more").response(shape)
 
     async def of_routing(request: Request, error: Exception) -> JSONResponse:
         assert isinstance(error, HTTPException)
         message = f"{request.method} {request.url.path}: {error.detail}"
-        return ApiError(error.status_code, message, headers=error.headers).response()
+        return ApiError(error.status_code, message, headers=error.headers).response(shape)
 
     app.add_exception_handler(ApiError, ours)
     app.add_exception_handler(HTTPException, of_routing)

@@ -8,7 +8,6 @@ import asyncio
 import time
 from collections.abc import Sequence
 from threading import Condition
-from typing import Literal
 
 from runner.engine.completion import Completion, CompletionText
 from runner.engine.control import Control
@@ -16,16 +15,13 @@ from runner.engine.request import Request
 from runner.engine.request_maker import RequestMaker
 from runner.engine.scheduler import Output, Scheduler
 from runner.serve.errors import ApiError
+from runner.serve.lifecycle import State, check_ready, queue_full
 from runner.serve.metrics import Metrics
 from runner.serve.ticket import Piece, Ticket
 from runner.text.generation_options import GenerationOptions
 
-State = Literal["starting", "ready", "draining", "failed"]
-
 _REST_S = 1.0
 """An idle engine makes an empty round so often, by which the ranks know that all are there."""
-_RETRY_S = 1
-"""When a client that was refused may come again."""
 
 
 class ServeFront:
@@ -108,6 +104,8 @@ class ServeFront:
     def drain(self, timeout_s: float) -> None:
         """Take no more requests, and leave when those that are open are complete, or time is up."""
         with self._changed:
+            if self._state == "failed":
+                return  # The launcher ends the rank that told it of a failure.
             self._state = "draining"
             self._leave_at = time.monotonic() + timeout_s
             self._changed.notify()
@@ -164,14 +162,11 @@ class ServeFront:
             self._metrics.finished(reason, ticket, now)
 
     def _check_open(self) -> None:
-        if self._state != "ready":
-            raise ApiError(503, f"the server is {self._state}", headers={"Retry-After": "5"})
+        check_ready(self._state)
         if len(self._open) >= self._max_open:
             self._metrics.finished("refused")
-            raise ApiError(
-                429,
-                f"{len(self._open)} requests are open, which is the limit; come again later",
-                headers={"Retry-After": str(_RETRY_S)},
+            raise queue_full(
+                f"{len(self._open)} requests are open, which is the limit; come again later"
             )
 
     def _leaves(self) -> bool:

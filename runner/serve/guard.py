@@ -6,7 +6,10 @@ from pathlib import Path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from parallel.errors import ConfigError
-from runner.serve.errors import ApiError
+from runner.serve.errors import ApiError, Shape
+
+_OPEN = ("/health/", "/v2/health/", "/static/")
+"""Paths that tell nothing of requests, and nothing of the model."""
 
 
 def read_key(file: str | None) -> str | None:
@@ -27,16 +30,18 @@ def read_key(file: str | None) -> str | None:
 
 
 class Guard:
-    """Refuses requests before a route sees them; health needs no key."""
+    """Refuses requests before a route sees them; health and the empty page need no key."""
 
-    def __init__(self, app: ASGIApp, *, key: str | None, max_bytes: int) -> None:
+    def __init__(self, app: ASGIApp, *, key: str | None, max_bytes: int, shape: Shape) -> None:
         """
         Args:
             max_bytes: of a request's body.
+            shape: of what it refuses with.
         """
         self._app = app
         self._key = key
         self._max_bytes = max_bytes
+        self._shape = shape
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -46,10 +51,11 @@ class Guard:
             self._check_key(scope)
             await self._app(scope, await self._whole(receive), send)
         except ApiError as error:
-            await error.response()(scope, receive, send)
+            await error.response(self._shape)(scope, receive, send)
 
     def _check_key(self, scope: Scope) -> None:
-        if self._key is None or scope["path"].startswith("/health"):
+        path = scope["path"]
+        if self._key is None or path == "/" or path.startswith(_OPEN):
             return
         sent = dict(scope["headers"]).get(b"authorization", b"")
         if not hmac.compare_digest(sent, f"Bearer {self._key}".encode()):

@@ -1,22 +1,24 @@
 """What Prometheus is told, under the names that the field uses.
 
-Written by the engine's thread, read by the server's; the client library locks by itself.
+Written by the engine's thread, read by the server's.
 """
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-
 from runner.engine.scheduler import Load
+from runner.serve.exposition import Exposition
+from runner.serve.history import History
 from runner.serve.ticket import Ticket
 
-_PREFIX = "shardline"
-_SECONDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
 
+class Metrics(Exposition):
+    """Of a server of a language model.
 
-class Metrics:
-    """Of one server."""
+    Attributes:
+        history: the last minutes of it, for the page.
+    """
 
     def __init__(self) -> None:
-        self._registry = CollectorRegistry()
+        super().__init__()
+        self.history = History()
         self._first_token = self._seconds("time_to_first_token", "From arrival to the first token.")
         self._inter_token = self._seconds("inter_token_latency", "From one token to the next.")
         self._end_to_end = self._seconds("e2e_request_latency", "From arrival to the last token.")
@@ -28,16 +30,16 @@ class Metrics:
         self._prefix_hits = self._gauge("prefix_cache_hits", "Prompt tokens that were known.")
         self._prompt = self._counter("prompt_tokens", "Tokens of finished requests' prompts.")
         self._generated = self._counter("generation_tokens", "Tokens generated.")
-        self._finished = Counter(
-            f"{_PREFIX}_request_success",
-            "Requests by why they ended.",
-            ["finished_reason"],
-            registry=self._registry,
+        self._finished = self._counter(
+            "request_success", "Requests by why they ended.", "finished_reason"
         )
 
-    def text(self) -> bytes:
-        """All of them, in Prometheus' format."""
-        return generate_latest(self._registry)
+    def ended(self) -> dict[str, int]:
+        """Requests so far by why they ended."""
+        samples = [s for metric in self._finished.collect() for s in metric.samples]
+        return {
+            s.labels["finished_reason"]: int(s.value) for s in samples if s.name.endswith("_total")
+        }
 
     def show(self, load: Load) -> None:
         """How busy the engine is before a step."""
@@ -47,14 +49,15 @@ class Metrics:
         self._preempted.set(load.num_preempted)
         self._prefix_tokens.set(load.prompt_tokens)
         self._prefix_hits.set(load.cached_tokens)
+        self.history.show(load)
 
     def token(self, ticket: Ticket, now: float) -> None:
         """A request gets a token; its times are those before it."""
         self._generated.inc()
-        if ticket.last is None:
-            self._first_token.observe(now - ticket.arrived)
-        else:
-            self._inter_token.observe(now - ticket.last)
+        is_first = ticket.last is None
+        seconds = now - (ticket.arrived if ticket.last is None else ticket.last)
+        (self._first_token if is_first else self._inter_token).observe(seconds)
+        self.history.token(seconds, is_first=is_first)
 
     def finished(self, reason: str, ticket: Ticket | None = None, now: float = 0.0) -> None:
         """A request has ended.
@@ -65,14 +68,7 @@ class Metrics:
         self._finished.labels(finished_reason=reason).inc()
         if ticket:
             self._end_to_end.observe(now - ticket.arrived)
+            self.history.finished(now - ticket.arrived)
             self._prompt.inc(len(ticket.completion.request.prompt_ids))
-
-    def _seconds(self, name: str, says: str) -> Histogram:
-        full = f"{_PREFIX}_{name}_seconds"
-        return Histogram(full, says, buckets=_SECONDS, registry=self._registry)
-
-    def _gauge(self, name: str, says: str) -> Gauge:
-        return Gauge(f"{_PREFIX}_{name}", says, registry=self._registry)
-
-    def _counter(self, name: str, says: str) -> Counter:
-        return Counter(f"{_PREFIX}_{name}", says, registry=self._registry)
+        elif reason != "cancelled":
+            self.history.failed()

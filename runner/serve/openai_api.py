@@ -1,7 +1,5 @@
 """OpenAI's routes: models, completions and chat completions."""
 
-import asyncio
-import contextlib
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -14,8 +12,10 @@ from parallel.errors import ConfigError
 from runner.engine.request_maker import RequestMaker
 from runner.serve.answers import Answer, Kind, no_such_model
 from runner.serve.bodies import ChatRequest, CompletionRequest, parse_body
+from runner.serve.disconnect import unless_gone
 from runner.serve.errors import ApiError
 from runner.serve.front import ServeFront
+from runner.serve.openapi_document import ERRORS, takes
 
 
 class OpenAIRoutes:
@@ -29,11 +29,14 @@ class OpenAIRoutes:
         self._model = model
         self._vocab_size = vocab_size
         self._created = int(time.time())
-        self.router = APIRouter(prefix="/v1")
+        self.router = APIRouter(prefix="/v1", responses=ERRORS)
         self.router.add_api_route("/models", self.models, methods=["GET"])
         self.router.add_api_route("/models/{name:path}", self.model, methods=["GET"])
-        self.router.add_api_route("/completions", self.complete, methods=["POST"])
-        self.router.add_api_route("/chat/completions", self.chat, methods=["POST"])
+        for path, answer, body in (
+            ("/completions", self.complete, CompletionRequest),
+            ("/chat/completions", self.chat, ChatRequest),
+        ):
+            self.router.add_api_route(path, answer, methods=["POST"], openapi_extra=takes(body))
 
     async def models(self) -> JSONResponse:
         """The one model that there is."""
@@ -111,28 +114,3 @@ class OpenAIRoutes:
             "created": self._created,
             "owned_by": "shardline",
         }
-
-
-async def unless_gone(request: Request, work: Any) -> Any:
-    """What `work` comes to, unless the client leaves before.
-
-    Raises:
-        ApiError: it has left; nobody reads the answer.
-    """
-    answering = asyncio.ensure_future(work)
-    leaving = asyncio.ensure_future(_gone(request))
-    try:
-        await asyncio.wait({answering, leaving}, return_when=asyncio.FIRST_COMPLETED)
-        if answering.done():
-            return answering.result()
-        raise ApiError(499, "the client has gone")
-    finally:
-        for task in (answering, leaving):
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError, ApiError):
-                await task
-
-
-async def _gone(request: Request) -> None:
-    while (await request.receive())["type"] != "http.disconnect":
-        pass

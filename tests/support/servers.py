@@ -32,8 +32,13 @@ class Server:
     @classmethod
     @contextmanager
     def start(cls, model: Path, *options: str) -> Iterator["Server"]:
-        """Ready when the body runs; gone after it."""
-        given = ["--model", str(model), "--device", "cpu", "--set", "server.port=0", *options]
+        """Ready when the body runs; gone after it.
+
+        Args:
+            model: its folder, or a configuration.
+        """
+        source = "--config" if model.suffix == ".yaml" else "--model"
+        given = [source, str(model), "--device", "cpu", "--set", "server.port=0", *options]
         process = start_command("serve", *given)
         server = cls(process)
         Thread(target=server._listen, daemon=True).start()
@@ -48,9 +53,9 @@ class Server:
         return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
 
     def metric(self, name: str) -> float:
-        """The value of a metric without labels."""
+        """The value of a metric; its labels, if it has any, are part of the name."""
         text = httpx.get(f"{self.url}/metrics").text
-        found = re.search(rf"^shardline_{name} (\S+)$", text, re.MULTILINE)
+        found = re.search(rf"^shardline_{re.escape(name)} (\S+)$", text, re.MULTILINE)
         assert found is not None, text
         return float(found[1])
 

@@ -1,0 +1,109 @@
+"""`History`: what the server did in the last minutes, in slots of some seconds, for its page.
+
+Written by the engine's thread, read by the server's. Not here: totals since the start (`Metrics`).
+"""
+
+import time
+from collections import deque
+from dataclasses import asdict, dataclass, field
+from threading import Lock
+from typing import Any
+
+from runner.engine.scheduler import Load
+
+SLOT_S = 5
+NUM_SLOTS = 120
+
+
+@dataclass
+class Times:
+    """Seconds of something that happened in a slot."""
+
+    count: int = 0
+    total_s: float = 0.0
+    max_s: float = 0.0
+
+    def add(self, seconds: float) -> None:
+        self.count += 1
+        self.total_s += seconds
+        self.max_s = max(self.max_s, seconds)
+
+
+@dataclass
+class Slot:
+    """What happened in some seconds; of gauges the highest value.
+
+    Attributes:
+        number: seconds of `time.monotonic` in slots.
+    """
+
+    number: int
+    tokens: int = 0
+    failed: int = 0
+    running: int = 0
+    waiting: int = 0
+    cache_usage: float = 0.0
+    first_token: Times = field(default_factory=Times)
+    inter_token: Times = field(default_factory=Times)
+    end_to_end: Times = field(default_factory=Times)
+
+
+class History:
+    """The last ten minutes."""
+
+    def __init__(self) -> None:
+        self._lock = Lock()
+        self._slots: deque[Slot] = deque(maxlen=NUM_SLOTS)
+        self._load: Load | None = None
+        self._moved_at: float | None = None
+
+    def show(self, load: Load) -> None:
+        """How busy the engine is before a step."""
+        with self._lock:
+            slot = self._slot()
+            slot.running = max(slot.running, load.num_running)
+            slot.waiting = max(slot.waiting, load.num_waiting)
+            slot.cache_usage = max(slot.cache_usage, load.cache_usage)
+            self._load, self._moved_at = load, time.monotonic()
+
+    def token(self, seconds: float, *, is_first: bool) -> None:
+        """A request has got a token, so long after it came or after the token before."""
+        with self._lock:
+            slot = self._slot()
+            slot.tokens += 1
+            (slot.first_token if is_first else slot.inter_token).add(seconds)
+
+    def finished(self, seconds: float) -> None:
+        """A request has been answered, so long after it came."""
+        with self._lock:
+            self._slot().end_to_end.add(seconds)
+
+    def failed(self) -> None:
+        """A request was not answered."""
+        with self._lock:
+            self._slot().failed += 1
+
+    def told(self) -> dict[str, Any]:
+        """As JSON has it; slots in which nothing happened are left out."""
+        with self._lock:
+            now = time.monotonic()
+            current = int(now // SLOT_S)
+            first = current - NUM_SLOTS
+            slots = [
+                asdict(s) | {"slots_ago": current - s.number}
+                for s in self._slots
+                if s.number > first
+            ]
+            return {
+                "load": self._load and asdict(self._load),
+                "idle_s": None if self._moved_at is None else round(now - self._moved_at, 1),
+                "slot_s": SLOT_S,
+                "num_slots": NUM_SLOTS,
+                "slots": slots,
+            }
+
+    def _slot(self) -> Slot:
+        number = int(time.monotonic() // SLOT_S)
+        if not self._slots or self._slots[-1].number != number:
+            self._slots.append(Slot(number))
+        return self._slots[-1]

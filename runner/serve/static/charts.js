@@ -1,0 +1,62 @@
+// What happened in the last minutes, a small line chart for each figure.
+
+import { byId, element, seconds, svg } from "/static/elements.js";
+
+const WIDTH = 300;
+const HEIGHT = 84;
+
+const mean = (times) => (times.count ? times.total_s / times.count : null);
+const highest = (times) => (times.count ? times.max_s : null);
+const number = (value) => (value === null ? "-" : value.toFixed(value < 10 ? 1 : 0));
+const count = (value) => (value === null ? "-" : String(value));
+const percent = (value) => (value === null ? "-" : `${(value * 100).toFixed(1)} %`);
+
+// `value` is null where a slot had none; `empty` stands for a slot in which nothing happened.
+const CHARTS = [
+  { title: "Tokens a second", value: (slot, status) => slot.tokens / status.slot_s, empty: 0, show: number },
+  { title: "Requests in the batch", value: (slot) => slot.running, empty: 0, show: count },
+  { title: "Requests waiting", value: (slot) => slot.waiting, empty: 0, show: count },
+  { title: "KV cache in use", value: (slot) => slot.cache_usage, empty: 0, show: percent },
+  { title: "Time to first token", value: (slot) => mean(slot.first_token), second: (slot) => highest(slot.first_token), empty: null, show: seconds },
+  { title: "Between tokens", value: (slot) => mean(slot.inter_token), second: (slot) => highest(slot.inter_token), empty: null, show: seconds },
+  { title: "Whole request", value: (slot) => mean(slot.end_to_end), second: (slot) => highest(slot.end_to_end), empty: null, show: seconds },
+  { title: "Requests that failed", value: (slot) => slot.failed, empty: 0, show: count },
+];
+
+export function showCharts(status) {
+  const bySlot = new Map(status.slots.map((slot) => [slot.slots_ago, slot]));
+  byId("charts").replaceChildren(...CHARTS.map((chart) => draw(chart, bySlot, status)));
+}
+
+function draw(chart, bySlot, status) {
+  // The slot of this moment is not over yet.
+  const agos = Array.from({ length: status.num_slots - 1 }, (_, i) => status.num_slots - 1 - i);
+  const read = (value) => agos.map((ago) => (bySlot.has(ago) ? value(bySlot.get(ago), status) : chart.empty));
+  const values = read(chart.value);
+  const seconds = chart.second ? read(chart.second) : [];
+  const top = Math.max(...values, ...seconds, 0) || 1;
+  const picture = svg("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, preserveAspectRatio: "none", role: "img", "aria-label": chart.title });
+  picture.append(svg("line", { class: "floor", x1: 0, x2: WIDTH, y1: HEIGHT, y2: HEIGHT }));
+  if (chart.empty === 0) picture.append(svg("path", { class: "area", d: `${path(values, top)} V ${HEIGHT} H 0 Z` }));
+  picture.append(svg("path", { class: "line second", d: path(seconds, top) }), svg("path", { class: "line", d: path(values, top) }));
+  const known = values.concat(seconds).filter((value) => value !== null);
+  const last = values.findLast((value) => value !== null) ?? null;
+  const peak = known.length ? chart.show(Math.max(...known)) : "none yet";
+  return element(
+    "figure",
+    { className: "card chart" },
+    element("figcaption", {}, element("span", { textContent: chart.title }), element("b", { textContent: chart.show(last) })),
+    element("div", { className: "faint", textContent: chart.second ? `mean; orange: longest, ${peak}` : `highest ${peak}` }),
+    picture,
+  );
+}
+
+// Points that have a value; slots without one are passed over.
+function path(values, top) {
+  const step = WIDTH / (values.length - 1);
+  return values
+    .map((value, i) => (value === null ? "" : `${(i * step).toFixed(1)} ${(HEIGHT - (value / top) * (HEIGHT - 4)).toFixed(1)}`))
+    .filter(Boolean)
+    .map((point, i) => (i ? "L " : "M ") + point)
+    .join(" ");
+}

@@ -1,0 +1,1 @@
+"""Tensor models behind the Open Inference Protocol (KServe v2) over HTTP."""

@@ -1,0 +1,65 @@
+"""From the outputs of samples to the bytes of an answer."""
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from runner.serve.errors import ApiError
+from runner.serve.tensors.decode import Asked
+from runner.serve.tensors.signature import Signature, datatype_of
+
+
+def encode(
+    asked: Asked,
+    results: Sequence[Sequence[torch.Tensor]],
+    signature: Signature,
+    about: Mapping[str, str],
+) -> tuple[bytes, dict[str, str]]:
+    """Make an answer.
+
+    Args:
+        results: of each sample its outputs.
+        about: what an answer begins with.
+
+    Returns:
+        Its body, and its headers.
+
+    Raises:
+        ApiError: 400: JSON cannot hold the values.
+    """
+    outputs: list[dict[str, Any]] = []
+    parts: list[bytes] = []
+    for index, is_binary in asked.outputs:
+        tensors = [result[index] for result in results]
+        tensor = torch.stack(tensors) if signature.is_batched else tensors[0]
+        spec = signature.outputs[index]
+        told: dict[str, Any] = {
+            "name": spec.name,
+            "datatype": datatype_of(spec.dtype),
+            "shape": list(tensor.shape),
+        }
+        if is_binary:
+            parts.append(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+            told["parameters"] = {"binary_data_size": len(parts[-1])}
+        else:
+            told["data"] = _listed(tensor, spec.name)
+        outputs.append(told)
+    values = {**about, **({} if asked.id is None else {"id": asked.id}), "outputs": outputs}
+    head = json.dumps(values).encode()
+    if not parts:
+        return head, {"Content-Type": "application/json"}
+    return b"".join([head, *parts]), {
+        "Content-Type": "application/octet-stream",
+        "Inference-Header-Content-Length": str(len(head)),
+    }
+
+
+def _listed(tensor: torch.Tensor, name: str) -> list[Any]:
+    if tensor.is_floating_point() and not tensor.isfinite().all():
+        raise ApiError(
+            400,
+            f"output {name} holds NaN or infinity, which JSON cannot; ask for it with binary_data",
+        )
+    return tensor.flatten().tolist()

@@ -1,0 +1,217 @@
+"""`TensorFront`: rank 0's side of the clients of a tensor model.
+
+Every sample of every client waits in the one queue of a `BatchService`, which runs those of one
+shape together. The routes call `infer` on the server's event loop; `use` runs on a thread of its
+own.
+"""
+
+import asyncio
+import time
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass
+from threading import Condition
+
+import torch
+
+from parallel.errors import ConfigError, ShardlineError
+from parallel.graph_plan import GraphPlan
+from runner.pipeline.batch_service import BatchService, RequestExpiredError, ServiceClosedError
+from runner.pipeline.batcher import QueueFullError
+from runner.pipeline.batching_policy import BatchingPolicy
+from runner.pipeline.buckets import Buckets, Shapes
+from runner.pipeline.pipeline import Pipeline, Sample
+from runner.serve.errors import ApiError
+from runner.serve.lifecycle import State, check_ready, queue_full
+from runner.serve.tensors.metrics import TensorMetrics
+
+Results = list[list[torch.Tensor]]
+"""Of each sample its outputs."""
+
+_REASONS = {408: "timeout", 429: "refused"}
+"""Why a request ended, by the status of its answer; any other is an error."""
+
+
+@dataclass(frozen=True)
+class _Company:
+    """Samples that may share a batch.
+
+    Attributes:
+        client: None: with anybody's; else with those of one request.
+    """
+
+    shapes: Shapes
+    client: int | None = None
+
+
+class TensorFront:
+    """Requests come and go while the pipeline runs."""
+
+    def __init__(
+        self,
+        plan: GraphPlan,
+        policy: BatchingPolicy,
+        metrics: TensorMetrics,
+        *,
+        request_timeout_s: float | None,
+    ) -> None:
+        """
+        Args:
+            request_timeout_s: for requests that name none; None: any time.
+        """
+        self._policy = policy
+        self._metrics = metrics
+        self._num_stages = len(plan.stages)
+        self._buckets = Buckets.of(plan)
+        self._request_timeout_s = request_timeout_s
+        self._changed = Condition()
+        # The rest is guarded by it.
+        self._state: State = "starting"
+        self._service: BatchService[Sample, list[torch.Tensor]] | None = None
+        self._num_open = 0
+        self._leave_at: float | None = None
+
+    @property
+    def state(self) -> State:
+        return self._state
+
+    def use(self, pipeline: Pipeline) -> None:
+        """Take requests until the server has drained; see `runner.pipeline.rank.Use`."""
+
+        def execute(company: object, samples: list[Sample]) -> Future[Results]:
+            assert isinstance(company, _Company)
+            return pipeline.submit(self._buckets.choose(company.shapes, len(samples)), samples)
+
+        service = BatchService(
+            self._policy, execute, self._metrics.batches, max_in_flight=self._num_stages + 1
+        )
+        with self._changed:
+            self._service = service
+            if self._state == "starting":
+                self._state = "ready"
+            while not self._leaves():
+                left_s = self._leave_at and self._leave_at - time.monotonic()
+                self._changed.wait(left_s)
+        service.close(drain=False)
+
+    def drain(self, timeout_s: float) -> None:
+        """Take no more requests, and leave when those that are open are complete, or time is up."""
+        with self._changed:
+            self._state = "draining"
+            self._leave_at = time.monotonic() + timeout_s
+            self._changed.notify_all()
+
+    def fail(self, message: str) -> None:
+        """The ranks have ended; the pipeline has told those who waited for it."""
+        del message
+        with self._changed:
+            self._state = "failed"
+
+    async def infer(self, samples: Sequence[Sample], timeout_s: float | None) -> Results:
+        """Compute samples, in batches with those of others.
+
+        Returns:
+            Of each sample its outputs.
+
+        Raises:
+            ApiError: they cannot be computed, or not now.
+        """
+        shapes = tuple(tuple(tensor.shape) for tensor in samples[0])
+        self._check(shapes, len(samples))
+        timeout_s = timeout_s or self._request_timeout_s
+        with self._changed:
+            check_ready(self._state)
+            self._num_open += 1
+        started = time.monotonic()
+        try:
+            async with asyncio.timeout(timeout_s):
+                results = await self._compute(shapes, samples, timeout_s)
+        except TimeoutError:
+            self._metrics.finished("timeout")
+            raise ApiError(408, "the request took longer than its timeout") from None
+        except asyncio.CancelledError:
+            self._metrics.finished("cancelled")
+            raise
+        except ApiError as error:
+            self._metrics.finished(_REASONS.get(error.status, "error"))
+            raise
+        finally:
+            with self._changed:
+                self._num_open -= 1
+                self._changed.notify_all()
+        self._metrics.finished("completed", time.monotonic() - started)
+        return results
+
+    def _check(self, shapes: Shapes, num_samples: int) -> None:
+        try:
+            self._buckets.check(shapes)
+        except ConfigError as error:
+            raise ApiError(400, str(error)) from None
+        most = self._policy.max_queue_size
+        if num_samples > most:
+            raise ApiError(
+                400, f"{num_samples} samples at once; the queue holds {most}, send fewer"
+            )
+
+    async def _compute(
+        self, shapes: Shapes, samples: Sequence[Sample], timeout_s: float | None
+    ) -> Results:
+        """The results; where the model raises, a second time without the samples of others."""
+        try:
+            return await self._answers(_Company(shapes), samples, timeout_s)
+        except _ModelRaisedError:
+            alone = _Company(shapes, id(samples))
+        try:
+            return await self._answers(alone, samples, timeout_s)
+        except _ModelRaisedError as error:
+            raise ApiError(400, str(error)) from None
+
+    async def _answers(
+        self, company: _Company, samples: Sequence[Sample], timeout_s: float | None
+    ) -> Results:
+        futures = self._submit(company, samples, timeout_s)
+        answers = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
+        results: Results = []
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise _told(answer)
+            results.append(answer)
+        return results
+
+    def _submit(
+        self, company: _Company, samples: Sequence[Sample], timeout_s: float | None
+    ) -> list[Future[list[torch.Tensor]]]:
+        """Queue all samples, or none."""
+        assert self._service is not None, "a server that is ready has begun"
+        futures: list[Future[list[torch.Tensor]]] = []
+        try:
+            for sample in samples:
+                futures.append(self._service.submit(company, sample, timeout_s=timeout_s))
+        except ShardlineError as error:
+            for future in futures:
+                future.cancel()
+            raise _told(error) from None
+        return futures
+
+    def _leaves(self) -> bool:
+        if self._leave_at is None:
+            return False
+        return not self._num_open or time.monotonic() >= self._leave_at
+
+
+class _ModelRaisedError(Exception):
+    """A batch could not be computed, because of one of its samples."""
+
+
+def _told(error: BaseException) -> Exception:
+    """What the request of a sample ends with."""
+    match error:
+        case QueueFullError():
+            return queue_full(str(error))
+        case RequestExpiredError():
+            return ApiError(408, str(error))
+        case ServiceClosedError():
+            return ApiError(503, "the server is shutting down")
+        case ShardlineError():
+            return ApiError(500, str(error))
+    return _ModelRaisedError(f"the model raises {type(error).__name__} for these inputs: {error}")

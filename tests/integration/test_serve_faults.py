@@ -1,0 +1,118 @@
+"""A server under load whose ranks die or stall, and one that is told to end."""
+
+import os
+import signal
+import socket
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from checkpoints import add_tokenizer, make_checkpoint
+from processes import processes_naming, rank_pid, wait_until_gone
+from servers import Server
+from streams import Stream, streaming
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
+
+CUT = ["-tp", "2", "-pp", "2"]
+NAMES = [f"rank {2 * stage + r} (stage {stage}, tp rank {r})" for stage in (0, 1) for r in (0, 1)]
+LONG = 8000
+"""Tokens of an answer that takes minutes."""
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("faulty") / "tiny"
+    folder.mkdir()
+    changes = {"vocab_size": 259, "max_position_embeddings": 10_000, "eos_token_id": None}
+    plain = {"rope_type": "default", "rope_theta": 10000.0}
+    make_checkpoint("llama", folder, rope_parameters=plain, **changes)
+    return add_tokenizer(folder)
+
+
+def port_is_free(server: Server) -> bool:
+    host, port = server.url.removeprefix("http://").split(":")
+    with socket.create_server((host, int(port))):
+        return True
+
+
+def after_fault(
+    server: Server, model: Path, rank: int, signum: signal.Signals, *, within_s: float
+) -> tuple[int, list[Stream]]:
+    """The exit code of a server whose rank gets a signal while 16 streams run, and the streams."""
+    with streaming(server, 16, max_tokens=LONG) as reading:
+        started = time.monotonic()
+        os.kill(rank_pid(str(model), rank), signum)
+        exit_code = server.process.wait(within_s)
+        streams = [stream.result(timeout=5) for stream in reading]
+    left_s = max(1.0, started + within_s - time.monotonic())
+    assert wait_until_gone(str(model), timeout_s=left_s) == []
+    assert port_is_free(server)
+    return exit_code, streams
+
+
+@pytest.mark.parametrize(
+    "rank", [pytest.param(rank, marks=[] if rank == 3 else [pytest.mark.full]) for rank in range(4)]
+)
+def test_a_rank_that_is_killed_ends_every_stream_with_an_error(model: Path, rank: int) -> None:
+    with Server.start(model, *CUT) as server:
+        exit_code, streams = after_fault(server, model, rank, signal.SIGKILL, within_s=10)
+        said = "".join(server.said)
+    assert exit_code == 8, said
+    assert f"shardline: {NAMES[rank]}: killed by SIGKILL" in said
+    if rank == 0:  # It held the connections.
+        assert all(stream.broken for stream in streams)
+    else:
+        assert all("the engine has ended" in (stream.error or "") for stream in streams)
+
+
+@pytest.mark.parametrize(
+    "rank", [pytest.param(rank, marks=[] if rank == 2 else [pytest.mark.full]) for rank in range(4)]
+)
+def test_a_rank_that_stalls_is_named(model: Path, rank: int) -> None:
+    limit_s = 4
+    limit = ["--set", f"distributed.collective_timeout_s={limit_s}"]
+    with Server.start(model, *CUT, *limit) as server:
+        exit_code, streams = after_fault(server, model, rank, signal.SIGSTOP, within_s=limit_s + 10)
+        said = "".join(server.said)
+    assert exit_code == 9, said
+    assert f"no sign of life from {NAMES[rank]}\n" in said
+    if rank == 0:
+        assert all(stream.broken for stream in streams)
+    else:
+        assert all("the engine has ended" in (stream.error or "") for stream in streams)
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.full)])
+def test_an_idle_server_lives_on_and_notices_a_rank_that_stalls(model: Path, rank: int) -> None:
+    limit = ["--set", "distributed.collective_timeout_s=3"]
+    with Server.start(model, "-pp", "2", *limit) as server:
+        time.sleep(5)
+        assert httpx.get(f"{server.url}/health/ready").status_code == 200
+        asked = {"prompt": "x", "max_tokens": 1}
+        assert httpx.post(f"{server.url}/v1/completions", json=asked).status_code == 200
+        os.kill(rank_pid(str(model), rank), signal.SIGSTOP)
+        assert server.process.wait(15) == 9
+        assert f"no sign of life from rank {rank} (stage {rank}" in "".join(server.said)
+    assert wait_until_gone(str(model), timeout_s=5) == []
+
+
+def test_sigterm_under_load_lets_every_stream_end(model: Path) -> None:
+    with Server.start(model, *CUT) as server:
+        with streaming(server, 16, max_tokens=300) as reading:
+            server.terminate()
+            streams = [stream.result(timeout=60) for stream in reading]
+        assert [stream.finish_reason for stream in streams] == ["length"] * 16
+        assert server.process.wait(20) == 0, "".join(server.said)
+    assert processes_naming(str(model)) == []
+
+
+def test_a_second_sigterm_leaves_no_process(model: Path) -> None:
+    with Server.start(model, *CUT) as server, streaming(server, 16, max_tokens=LONG) as reading:
+        server.terminate()
+        time.sleep(0.5)
+        server.terminate()
+        assert server.process.wait(8) == 128 + signal.SIGTERM
+        assert all(stream.result(timeout=5).finish_reason is None for stream in reading)
+        assert wait_until_gone(str(model), timeout_s=2) == []

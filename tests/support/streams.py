@@ -1,0 +1,62 @@
+"""Streams of a server, read to their end by a thread each, and how each of them ended."""
+
+import json
+import time
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+from servers import Server
+
+
+@dataclass
+class Stream:
+    """Attributes:
+    events: what came, without the [DONE] at the end.
+    broken: the connection was cut.
+    """
+
+    events: list[dict[str, Any]] = field(default_factory=list)
+    broken: bool = False
+
+    @property
+    def error(self) -> str | None:
+        """What the last event says went wrong."""
+        return self.events[-1].get("error", {}).get("message") if self.events else None
+
+    @property
+    def finish_reason(self) -> str | None:
+        """Of the last event."""
+        choices = self.events[-1].get("choices") if self.events else None
+        return choices[0]["finish_reason"] if choices else None
+
+    def read(self, url: str, prompt: str, max_tokens: int) -> "Stream":
+        """Ask, and read until there is no more."""
+        body = {"prompt": prompt, "max_tokens": max_tokens, "temperature": 0, "stream": True}
+        try:
+            with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=60) as answer:
+                for line in answer.iter_lines():
+                    if line.startswith("data: {"):
+                        self.events.append(json.loads(line.removeprefix("data: ")))
+        except httpx.TransportError:
+            self.broken = True
+        return self
+
+
+@contextmanager
+def streaming(server: Server, number: int, *, max_tokens: int) -> Iterator[list[Future[Stream]]]:
+    """So many streams, all of which have got text when the body runs."""
+    streams = [Stream() for _ in range(number)]
+    with ThreadPoolExecutor(number) as pool:
+        reading = [
+            pool.submit(stream.read, server.url, f"{n}", max_tokens)
+            for n, stream in enumerate(streams)
+        ]
+        deadline = time.monotonic() + 60
+        while not all(stream.events for stream in streams):
+            assert time.monotonic() < deadline, [len(stream.events) for stream in streams]
+            time.sleep(0.02)
+        yield reading
