@@ -1,8 +1,7 @@
 """`shardline bench`: latency, throughput and start-up of a model, with fixed lengths, beside what
-the device was measured to do in the same run.
+the device was measured to do in the same run. `bench serve`, which asks a server, is `bench_serve`.
 """
 
-import json
 import os
 import sys
 from collections.abc import Callable
@@ -12,6 +11,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from parallel.errors import ConfigError
+from runner.cli.bench_output import AsJson, Output, check_writable, show
+from runner.cli.bench_profile import DEFAULT_STEPS, Profile, ProfileSteps, Traces
+from runner.cli.bench_serve import serve
 from runner.cli.options import with_job_options
 from runner.cli.ranks import package_environment, run_job, this_command
 
@@ -22,8 +24,12 @@ if TYPE_CHECKING:
     from runner.planning import DecoderJob
 
 bench = typer.Typer(
-    help="Measure latency, throughput or start-up.", no_args_is_help=True, rich_markup_mode=None
+    help="Measure latency, throughput, start-up or a server.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
 )
+
+bench.command("serve")(serve)
 
 InputLen = Annotated[int, typer.Option("--input-len", min=1, help="Tokens of each prompt.")]
 OutputLen = Annotated[int, typer.Option("--output-len", min=1, help="Tokens to generate for each.")]
@@ -32,10 +38,6 @@ WarmupRounds = Annotated[
 ]
 MaxRounds = Annotated[
     int, typer.Option("--max-rounds", min=1, help="Most rounds; fewer once three agree in 2 %.")
-]
-AsJson = Annotated[bool, typer.Option("--json", help="Print one JSON object.")]
-Output = Annotated[
-    Path | None, typer.Option("--output", metavar="FILE", help="Write the JSON object here, too.")
 ]
 
 
@@ -51,6 +53,8 @@ def latency(
     output_len: OutputLen = 128,
     warmup_rounds: WarmupRounds = 1,
     max_rounds: MaxRounds = 10,
+    profile: Profile = None,
+    profile_steps: ProfileSteps = DEFAULT_STEPS,
     as_json: AsJson = False,
     output: Output = None,
 ) -> None:
@@ -69,8 +73,9 @@ def latency(
             f"--set scheduler.max_num_seqs={batch_size}"
         )
     workload = Workload(batch_size, input_len, output_len)
-    repeat = Repeat(_decode_or_prefill, warmup_rounds, max_rounds)
-    _run_rounds("latency", job, workload, repeat, latency_result, as_json, output)
+    traces = Traces(profile, warmup_rounds, profile_steps) if profile else None
+    repeat = Repeat(_decode_or_prefill, warmup_rounds + bool(traces), max_rounds)
+    _run_rounds("latency", job, workload, repeat, latency_result, traces, as_json, output)
 
 
 @bench.command("throughput")
@@ -85,6 +90,8 @@ def throughput(
     output_len: OutputLen = 128,
     warmup_rounds: WarmupRounds = 1,
     max_rounds: MaxRounds = 5,
+    profile: Profile = None,
+    profile_steps: ProfileSteps = DEFAULT_STEPS,
     as_json: AsJson = False,
     output: Output = None,
 ) -> None:
@@ -94,8 +101,9 @@ def throughput(
     from runner.bench.workload import Workload
 
     workload = Workload(num_requests, input_len, output_len)
-    repeat = Repeat(lambda round_: round_.elapsed_s, warmup_rounds, max_rounds)
-    _run_rounds("throughput", job, workload, repeat, throughput_result, as_json, output)
+    traces = Traces(profile, warmup_rounds, profile_steps) if profile else None
+    repeat = Repeat(lambda round_: round_.elapsed_s, warmup_rounds + bool(traces), max_rounds)
+    _run_rounds("throughput", job, workload, repeat, throughput_result, traces, as_json, output)
 
 
 @bench.command("startup")
@@ -138,6 +146,7 @@ def _run_rounds(
     workload: "Workload",
     repeat: "Repeat",
     result_of: Callable[..., dict[str, Any]],
+    traces: Traces | None,
     as_json: bool,
     output: Path | None,
 ) -> None:
@@ -145,11 +154,19 @@ def _run_rounds(
     from runner.bench.floor import WorkCount
 
     workload.check(job.plan)
-    _check_writable(output)
-    front = run_job(job, lambda: _rounds_front(job, workload, repeat))
+    check_writable(output)
+    if traces:
+        traces.prepare()
+    front = run_job(
+        job,
+        lambda: _rounds_front(job, workload, repeat),
+        profile_of=traces.of_rank if traces else None,
+    )
     if front:
         result = result_of(front, repeat, WorkCount(job.plan, job.spec.config, workload))
         _finish(benchmark, job, workload, front.limits, result, as_json, output)
+        if traces:
+            typer.echo(traces.describe(len(job.plan.ranks), sys.argv[1:]), err=True)
 
 
 def _rounds_front(job: "DecoderJob", workload: "Workload", repeat: "Repeat") -> "RoundsFront":
@@ -182,7 +199,7 @@ def _run_starts(
         raise ConfigError(
             "bench startup starts the ranks itself, to measure it; run it without torchrun"
         )
-    _check_writable(output)
+    check_writable(output)
     command, environment = this_command("--first-token"), {**os.environ, **package_environment()}
     result = startup_result([time_start(command, environment) for _ in range(starts)])
     _finish("startup", job, workload, None, result, as_json, output)
@@ -200,15 +217,6 @@ def _tell_first_token(job: "DecoderJob", workload: "Workload") -> None:
         )
 
     run_job(job, make_front)
-
-
-def _check_writable(output: Path | None) -> None:
-    """Before anything is measured."""
-    if output is None:
-        return
-    folder = output.absolute().parent
-    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        raise ConfigError(f"--output {output}: give a file in a directory that can be written to")
 
 
 def _finish(
@@ -234,6 +242,4 @@ def _finish(
         limits=limits,
         result=result,
     )
-    if output:
-        output.write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
-    typer.echo(json.dumps(report) if as_json else describe(report))
+    show(report, describe, as_json=as_json, output=output)

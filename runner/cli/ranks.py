@@ -10,12 +10,13 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from runner.cli.table import plural
+from runner.drawing.plan_words import plural
 
 if TYPE_CHECKING:
     from parallel.launch import RankEnv
     from parallel.topology import Topology
     from runner.engine.rank import Front
+    from runner.engine.step_profile import StepProfile
     from runner.graph_planning import GraphJob
     from runner.job import Job
     from runner.pipeline.rank import PipelineReport, Use
@@ -62,6 +63,7 @@ def run_job(
     make_front: Callable[[], FrontT],
     *,
     hold: Callable[[FrontT], AbstractContextManager[object]] = nullcontext,
+    profile_of: "Callable[[int], StepProfile] | None" = None,
 ) -> FrontT | None:
     """Run a job to its end.
 
@@ -70,6 +72,7 @@ def run_job(
             that starts the ranks: a mistake that it finds is found before there are any.
         hold: what rank 0 holds, in its own process alone, from before it meets the others until
             all have ended.
+        profile_of: what records steps of a rank.
 
     Returns:
         rank 0's front, in the process that was rank 0; None in every other.
@@ -90,7 +93,7 @@ def run_job(
         from runner.engine.rank import run_rank
 
         with hold(front) if front else nullcontext():
-            run_rank(job, env, front)
+            run_rank(job, env, front, profile_of(env.rank) if profile_of else None)
         return front
 
     return on_ranks(job.plan.topology, run)

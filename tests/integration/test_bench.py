@@ -18,7 +18,7 @@ ENVIRONMENT = {
 }
 RATES = {"gb_per_s", "share_of_bandwidth", "tflop_per_s", "share_of_matmul_rate"}
 PHASE = {"ms", "floor_ms", "share_of_floor"} | RATES
-SUMMARY = {"count", "min", "median", "p90", "p99", "max"}
+SUMMARY = {"count", "min", "mean", "median", "p90", "p95", "p99", "max"}
 
 
 @pytest.fixture(scope="module")
@@ -97,11 +97,11 @@ def test_one_token_each_has_no_decoding(model: Path) -> None:
 
 @pytest.mark.dist
 def test_throughput_of_more_requests_than_run_at_once(model: Path) -> None:
-    """Seven requests, three at a time: three batches of four steps."""
+    """Seven requests, three at a time: three batches of four tokens, each in two groups."""
     limit = ("--set", "scheduler.max_num_seqs=3")
     report = bench("throughput", model, *SHORT, "--num-requests", "7", "-pp", "2", *limit)
     result = report["result"]
-    assert result["num_steps"] == 3 * 4
+    assert result["num_steps"] == 3 * 4 * 2
     seconds = result["elapsed_s"]["median"]
     assert result["requests_per_s"] == pytest.approx(7 / seconds)
     assert result["output_tokens_per_s"] == pytest.approx(7 * 4 / seconds)

@@ -161,6 +161,7 @@ def resumed(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Resumed:
     return Resumed(out, kept, finish(model, out, INDUCTOR))
 
 
+@pytest.mark.full
 def test_a_resumed_compile_builds_only_what_was_not_finished(resumed: Resumed) -> None:
     built = {made["key"]: made["seconds"] for made in resumed.told["built"]}
     assert {made["kind"] for made in resumed.told["built"]} == KINDS
@@ -178,6 +179,7 @@ def test_a_resumed_compile_builds_only_what_was_not_finished(resumed: Resumed) -
     assert {artefact.backend for artefact in manifest.artefacts.values()} == {"inductor"}
 
 
+@pytest.mark.full
 def test_another_cut_takes_the_libraries_over_and_they_run_without_a_compiler(
     model: Path, resumed: Resumed, tmp_path: Path
 ) -> None:

@@ -131,6 +131,7 @@ def kill_at(folder: Path, command: list[str], count: int, *, rank: int | None) -
     return job.returncode, errors.splitlines()[-1]
 
 
+@pytest.mark.full
 def test_a_run_that_is_killed_goes_on_and_writes_each_result_once(folder: Path) -> None:
     generator = np.random.default_rng(0)
     for index in range(NUM_ITEMS):

@@ -1,0 +1,1 @@
+"""A load generator for servers of OpenAI's API, and what it measures."""
