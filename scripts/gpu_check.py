@@ -7,6 +7,7 @@ step that fails, or is stopped, loses only itself.
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -53,6 +54,9 @@ SIZES = {
 """Buckets, the most tokens of a step, and the most sequences."""
 
 GIB = 2**30
+TESTS_S = 500
+GRACE_S = 20
+"""What an interrupted process has to tell how far it came."""
 
 
 @dataclass(frozen=True)
@@ -97,22 +101,30 @@ class Check:
         print(f"  {subject}: {what}: {value:.4g}", flush=True)
 
     def python(self, *arguments: str, log: str, timeout_s: float = 600) -> tuple[int, float]:
-        """Run Python to its end, both outputs into a file; its exit code and seconds."""
+        """Run Python to its end, both outputs into a file; its exit code and seconds.
+
+        At its time limit it is interrupted as by Ctrl-C, upon which pytest tells what has failed.
+        """
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
         started = time.monotonic()
         with (self.out / f"{log}.log").open("w") as file:
+            process = subprocess.Popen(
+                [sys.executable, *arguments],
+                stdout=file,
+                stderr=subprocess.STDOUT,
+                cwd=ROOT,
+                env=environment,
+            )
             try:
-                code = subprocess.run(
-                    [sys.executable, *arguments],
-                    stdout=file,
-                    stderr=subprocess.STDOUT,
-                    cwd=ROOT,
-                    env=environment,
-                    timeout=timeout_s,
-                    check=False,
-                ).returncode
+                code = process.wait(timeout_s)
             except subprocess.TimeoutExpired:
                 code = 124
+                process.send_signal(signal.SIGINT)
+                try:
+                    process.wait(GRACE_S)
+                except subprocess.TimeoutExpired:
+                    process.kill()
+                    process.wait()
         return code, time.monotonic() - started
 
     def save(self) -> None:
@@ -147,8 +159,9 @@ def environment() -> dict[str, Any]:
 def tests(check: Check) -> None:
     """The tests that need one GPU."""
     report = check.out / "tests.xml"
-    options = ["-m", "gpu and not full and not multigpu", f"--junitxml={report}"]
-    check.python("-m", "pytest", "tests", *options, log="tests")
+    options = ["-m", "gpu and not full and not multigpu", "-vv", "--tb=short"]
+    options.append(f"--junitxml={report}")
+    check.python("-m", "pytest", "tests", *options, log="tests", timeout_s=TESTS_S)
     if not report.exists():
         return
     suite = next(ElementTree.parse(report).iter("testsuite"))

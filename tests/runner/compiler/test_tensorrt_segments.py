@@ -108,6 +108,7 @@ def test_every_segment_is_one_engine(name: str, errors: dict[str, list[str]]) ->
     assert errors[name] == []
 
 
+@pytest.mark.full
 def test_one_family_in_both_half_precisions_at_both_buckets(
     checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
