@@ -4,17 +4,25 @@ Built once by `ParallelContext.open`, passed to whoever needs it, closed at the 
 processes is `parallel.launch`.
 """
 
+import logging
 from dataclasses import dataclass, replace
 from datetime import timedelta
+from typing import Literal
 
 import torch
 import torch.distributed as dist
 
 from parallel.annotate import Annotate
-from parallel.collectives import Group
+from parallel.collectives import Group, minimum
 from parallel.errors import PreflightError
 from parallel.launch import RankEnv
+from parallel.one_shot import OneShot, can_read_one_another
 from parallel.topology import Coordinate, Topology
+
+_LOG = logging.getLogger(__name__)
+
+AllReduce = Literal["auto", "nccl", "one_shot"]
+"""How GPUs add up small tensors; "auto": in one shot, where they can read one another's memory."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class ParallelContext:
         device_type: str,
         init_timeout_s: float = 300,
         collective_timeout_s: float = 30,
+        all_reduce: AllReduce = "auto",
     ) -> "ParallelContext":
         """Join the other ranks; returns when all are there.
 
@@ -53,7 +62,8 @@ class ParallelContext:
 
         Raises:
             ConfigError: the number of ranks is not the topology's.
-            PreflightError: a GPU that the topology names is not there.
+            PreflightError: a GPU that the topology names is not there, or the GPUs of a stage
+                cannot do what `all_reduce` names.
         """
         topology.check_world_size(env.world_size)
         device = _device(topology.devices[env.rank], device_type)
@@ -72,6 +82,7 @@ class ParallelContext:
             device,
             init_timeout_s=init_timeout_s,
             collective_timeout_s=collective_timeout_s,
+            all_reduce=all_reduce,
         )
 
     @classmethod
@@ -83,6 +94,7 @@ class ParallelContext:
         *,
         init_timeout_s: float = 300,
         collective_timeout_s: float = 30,
+        all_reduce: AllReduce = "auto",
     ) -> "ParallelContext":
         """Make the groups of `topology` within a process group that is already initialized.
 
@@ -98,6 +110,8 @@ class ParallelContext:
             group = _group(rank, topology.ranks(stage), timeout)
             if rank in topology.ranks(stage):
                 tp = group
+        if device.type == "cuda" and all_reduce != "nccl" and rank in everyone:
+            tp = _with_one_shot(tp, topology, setup, device, must=all_reduce == "one_shot")
         return cls(topology, rank, device, world, setup, tp)
 
     @property
@@ -150,3 +164,25 @@ def _group(rank: int, ranks: range, timeout: timedelta) -> Group:
     if rank not in ranks:
         return Group(tuple(ranks), 0)
     return Group(tuple(ranks), ranks.index(rank), process_group)
+
+
+def _with_one_shot(
+    tp: Group, topology: Topology, setup: Group, device: torch.device, *, must: bool
+) -> Group:
+    """The group of a stage with memory that its ranks share, if all stages' GPUs can have it.
+
+    Every rank of the job must call this.
+
+    Raises:
+        PreflightError: they cannot, and `must`.
+    """
+    devices = [topology.devices[rank] for rank in tp.ranks]
+    if not minimum(can_read_one_another(devices), setup):
+        reason = "the GPUs of a stage cannot read one another's memory"
+        if must:
+            raise PreflightError(f"{reason}; set distributed.all_reduce to auto or nccl")
+        _LOG.warning("%s: NCCL adds up tensors of every size", reason)
+        return tp
+    if tp.process_group is None:
+        return tp
+    return replace(tp, one_shot=OneShot(tp.process_group, device))

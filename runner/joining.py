@@ -86,6 +86,7 @@ def _open_context(job: Job, env: RankEnv, setup_timeout_s: float | None) -> Para
         device_type=device_type,
         init_timeout_s=setup_timeout_s or distributed.init_timeout_s,
         collective_timeout_s=timeout_s,
+        all_reduce=distributed.all_reduce,
     )
 
 

@@ -19,11 +19,12 @@ from pathlib import Path
 from statistics import median
 
 import torch
-from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
+
+from gpu_profile import shares_beside_kernels  # noqa: E402
 
 from parallel.context import ParallelContext  # noqa: E402
 from parallel.graph_planner import values_of  # noqa: E402
@@ -92,20 +93,22 @@ def models() -> Iterator[Model]:
         yield Model("PP-OCR detector", "ocr/plan.yaml", (f"model.path={detector}",), (1, 4))
 
 
-def compile_model(model: Model, backend: str, out: Path) -> tuple[Path, float, int]:
+def compile_model(
+    model: Model, backend: str, out: Path, *, num_stages: int = 1
+) -> tuple[Path, float, int]:
     """Its bundle, the seconds that it took, and the exit code."""
     plan = ROOT / "examples" / model.plan
     if not model.plan:
         plan = out / "resnet50.yaml"
         plan.write_text(RESNET)
-    bundle = out / f"{model.name.replace(' ', '-')}-{backend}"
+    bundle = out / f"{model.name.replace(' ', '-')}-{backend}-pp{num_stages}"
     settings = [
         *model.settings,
         f"compile.backend={backend}",
         f"compile.buckets={list(model.buckets)}",
         f"scheduler.max_batch_size={model.buckets[-1]}",
         "scheduler.preferred_batch_size=null",
-        "parallel.pipeline_parallel_size=1",
+        f"parallel.pipeline_parallel_size={num_stages}",
         "parallel.device=cuda",
     ]
     command = [sys.executable, "-P", "-m", "runner", "compile", "--config", str(plan)]
@@ -160,7 +163,7 @@ class Measurement:
 
         with profile(activities=[ProfilerActivity.CUDA]) as recorded:
             run_worker(self._job, self._worker, self._context, use_traced)
-        found["copies beside kernels"] = overlap(recorded)
+        found["copies beside kernels"] = shares_beside_kernels(recorded)["copies"]
         found["GPU, ms a batch"] = self._replay_ms(index)
         return found
 
@@ -173,22 +176,6 @@ class Measurement:
         end.record()
         end.synchronize()
         return start.elapsed_time(end) / LATENCIES
-
-
-def overlap(recorded: profile) -> float:
-    """The share of the time of copies between host and GPU in which a kernel ran as well."""
-    spans: dict[bool, list[tuple[float, float]]] = {True: [], False: []}
-    for event in recorded.events() or []:
-        if event.device_type == DeviceType.CUDA:
-            is_copy = "HtoD" in event.name or "DtoH" in event.name
-            spans[is_copy].append((event.time_range.start, event.time_range.end))
-    total = sum(end - start for start, end in spans[True])
-    both = sum(
-        max(0.0, min(end, stop) - max(start, begin))
-        for start, end in spans[True]
-        for begin, stop in spans[False]
-    )
-    return both / total if total else 0.0
 
 
 def main(out: Path, result: Path) -> None:

@@ -122,6 +122,10 @@ class DistributedConfig(Section):
     collective_timeout_s: Seconds | None = None
     """Seconds that one collective may take; null means 30 on GPUs and 600 on a CPU."""
 
+    all_reduce: Literal["auto", "nccl", "one_shot"] = "auto"
+    """How the GPUs of a stage add up small tensors: one_shot means by reading one another's memory
+    (NVLink), nccl by NCCL alone; auto means one_shot where they can, and says where not."""
+
 
 class TilingConfig(Section):
     """How volumes or images that are larger than the model's input are cut into windows."""

@@ -5,6 +5,7 @@ from unittest.mock import patch
 
 import torch
 
+from parallel.collectives import all_reduce
 from parallel.context import ParallelContext
 from runner.config.load import load
 from runner.engine.batching import lay_out
@@ -141,3 +142,20 @@ def logits(
     output = stage_runner.run(inputs.with_all_logits(None))
     stage_runner.transfer.drain()
     return None if output is None else list(output.logits.split([len(p) for p in prompts]))
+
+
+def all_reduce_errors(context: ParallelContext) -> dict[str, float]:
+    """The largest error of sums of whole numbers, by size and dtype."""
+    errors = {}
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        for count in (1, 8, 4096, 8 * 8192, 3 * 2**20):
+            mine = torch.arange(count, device=context.device).remainder(64).to(dtype)
+            total = all_reduce(mine * (context.coordinate.tp_rank + 1), context.tp)
+            factor = sum(range(1, context.tp.size + 1))
+            errors[f"{count} {dtype}"] = float((total - factor * mine).abs().max())
+    return errors
+
+
+def has_one_shot(context: ParallelContext) -> bool:
+    """Whether small tensors are added up by one kernel."""
+    return context.tp.one_shot is not None

@@ -1,4 +1,4 @@
-"""A pool of gloo ranks that lives as long as the test session.
+"""A pool of ranks, by gloo or NCCL, that lives as long as the test session.
 
 Starting a rank takes seconds (it imports torch), so tests send jobs to ranks that are there
 already. A job is a function of `rank_jobs`; it runs on the first `topology.world_size` ranks. A
@@ -22,8 +22,13 @@ JOB_TIMEOUT_S = 100
 class RankPool:
     """Ranks that wait for jobs."""
 
-    def __init__(self, size: int, folder: Path) -> None:
+    def __init__(self, size: int, folder: Path, *, device_type: str = "cpu") -> None:
+        """
+        Args:
+            device_type: "cuda": each rank has a GPU of its own.
+        """
         self.size = size
+        self._device_type = device_type
         self._folder = folder
         self._starts = 0
         self._pipes: list[Connection] = []
@@ -49,7 +54,8 @@ class RankPool:
         self._starts += 1
         for rank in range(self.size):
             ours, theirs = spawn.Pipe()
-            process = spawn.Process(target=_serve, args=(rank, self.size, store, theirs))
+            args = rank, self.size, store, theirs, self._device_type
+            process = spawn.Process(target=_serve, args=args)
             process.daemon = True
             process.start()
             self._pipes.append(ours)
@@ -87,7 +93,7 @@ class RankPool:
         self._processes, self._pipes = [], []
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
+def _serve(rank: int, size: int, store: str, pipe: Connection, device_type: str) -> None:
     import torch
     import torch.distributed as dist
 
@@ -95,12 +101,16 @@ def _serve(rank: int, size: int, store: str, pipe: Connection) -> None:
 
     faulthandler.enable()
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=size)
+    device = torch.device("cpu")
+    if device_type == "cuda":
+        device = torch.device("cuda", rank)
+        torch.cuda.set_device(device)
+    backend = "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
     contexts: dict[Topology, ParallelContext] = {}
     while True:
         job, topology, args = pipe.recv()
         if topology not in contexts:
-            device = torch.device("cpu")
             contexts[topology] = ParallelContext.over_initialized(topology, rank, device)
         try:
             result = job(contexts[topology], *args) if rank < topology.world_size else None
