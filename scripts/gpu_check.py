@@ -15,7 +15,7 @@ from pathlib import Path
 from xml.etree import ElementTree
 
 import torch
-from gpu_llama import Cut, llama_8b, llama_70b_rank, llama_of_ranks, startup
+from gpu_llama import cuts, llama_8b, llama_70b_rank, llama_of_ranks, startup
 from gpu_report import ROOT, Check
 from gpu_tensor import compile_model, models
 
@@ -140,16 +140,14 @@ def steps(backends: list[str]) -> dict[str, Callable[[Check], None]]:
         "sanitizer": sanitizer,
     }
     if torch.cuda.device_count() > 1:
-        two = [Cut(tensor=2), Cut(pipeline=2)]
-        chosen |= {
-            "tests-of-several": partial(tests, mark="multigpu"),
-            "all-reduce": all_reduces,
-            "llama-8b-ranks": partial(llama_of_ranks, name="llama-8b", cuts=two, backends=backends),
-            "llama-70b-ranks": partial(
-                llama_of_ranks, name="llama-70b", cuts=two[:1], backends=backends
-            ),
-            "pipelines": partial(pipelines, backends=backends),
-        }
+        chosen["tests-of-several"] = partial(tests, mark="multigpu")
+        chosen["all-reduce"] = all_reduces
+        for name in ("llama-8b", "llama-70b"):
+            for cut in cuts(torch.cuda.device_count()):
+                chosen[f"{name}{cut.suffix}"] = partial(
+                    llama_of_ranks, name=name, cut=cut, backends=backends
+                )
+        chosen["pipelines"] = partial(pipelines, backends=backends)
     return chosen
 
 

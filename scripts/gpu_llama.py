@@ -79,6 +79,11 @@ class Cut:
 ONE_RANK = Cut()
 
 
+def cuts(num_gpus: int) -> list[Cut]:
+    """The ways to use all of them with stages of one size."""
+    return [Cut(num_gpus // pp, pp) for pp in range(1, num_gpus + 1) if num_gpus % pp == 0]
+
+
 def compile_llama(
     check: Check, name: str, backend: str, cut: Cut = ONE_RANK
 ) -> tuple[Path | None, float]:
@@ -131,22 +136,21 @@ def measure_language(
         check.row(subject, what, value)
 
 
-def llama_of_ranks(check: Check, name: str, cuts: Sequence[Cut], backends: Sequence[str]) -> None:
+def llama_of_ranks(check: Check, name: str, cut: Cut, backends: Sequence[str]) -> None:
     """Over several GPUs, with each backend and each way to add up."""
-    for cut in cuts:
-        for backend in backends:
-            subject = f"{backend}{cut.suffix}"
-            bundle, seconds = compile_llama(check, name, backend, cut)
-            if bundle is None:
-                check.row(subject, "compile FAILED, s", seconds)
-                continue
-            check.row(subject, "compile, s", seconds)
-            which = "8b" if name == "llama-8b" else "70b"
-            measure_language(check, bundle, subject, which, cut)
-            if cut.tensor > 1:
-                setting = "distributed.all_reduce=nccl"
-                measure_language(check, bundle, f"{subject} nccl", which, cut, setting)
-            check.save()
+    which = "8b" if name == "llama-8b" else "70b"
+    for backend in backends:
+        subject = f"{backend}{cut.suffix}"
+        bundle, seconds = compile_llama(check, name, backend, cut)
+        if bundle is None:
+            check.row(subject, "compile FAILED, s", seconds)
+            continue
+        check.row(subject, "compile, s", seconds)
+        measure_language(check, bundle, subject, which, cut)
+        if cut.tensor > 1:
+            setting = "distributed.all_reduce=nccl"
+            measure_language(check, bundle, f"{subject} nccl", which, cut, setting)
+        check.save()
 
 
 def startup(check: Check, backends: list[str]) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 import torch
 import torch.distributed as dist
 
+from parallel.collectives import broadcast
 from parallel.context import ParallelContext
 
 Read = Callable[[], list[int]]
@@ -19,11 +20,16 @@ class TokenExchange:
     """One rank's end."""
 
     def __init__(self, context: ParallelContext) -> None:
+        """All ranks must do this together."""
         self.source = context.topology.ranks(context.topology.last_stage)[0]
         self._group = context.world.process_group
         self._device = context.device
         is_gpu = context.device.type == "cuda"
         self._stream = torch.cuda.Stream(context.device) if is_gpu else None  # type: ignore[no-untyped-call]
+        if is_gpu:
+            # At a group's first call NCCL holds up every host until all have come, and the rank
+            # that sends is steps ahead of those that read.
+            broadcast(torch.zeros(1, device=self._device), self.source, context.world)
 
     def send(self, chosen: torch.Tensor) -> Read:
         """Begin to send tokens; on `source`.
