@@ -156,6 +156,7 @@ def main(bundle: Path, which: str, output: Path, overrides: list[str]) -> None:
             results["throughput"] = found
             figures["256 requests, output tokens/s"] = found["output_tokens_per_s"]
         save()
+    measurement.stage_runner.close()
     measurement.context.close()
 
 

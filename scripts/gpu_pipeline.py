@@ -82,6 +82,7 @@ def main(bundle: Path, result: Path) -> None:
             "beside kernels": [json.loads(message) for message in transfers],
         }
         result.write_text(json.dumps(found, indent=1) + "\n")
+    worker.close()
     context.close()
 
 

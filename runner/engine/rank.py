@@ -69,7 +69,7 @@ def run_rank(
         engine = make_engine(job, stage_runner, front)
         phase.name = "generating"
         loop(engine, front, profile)
-        stage_runner.transfer.drain()
+        stage_runner.close()
         _LOG.debug("rank %d compiled: %s", env.rank, compilations() or "nothing")
         context.close()
 

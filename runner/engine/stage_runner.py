@@ -1,5 +1,6 @@
 """One rank's stage at work: its module, its KV cache, and the transfers before and after it."""
 
+import gc
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -90,6 +91,12 @@ class StageRunner:
             graphs.capture(num_seqs, forward, slot=slot, longest=max_model_len)
         self.padding = Padding(self.buckets, self.padding.scratch_block, width)
         self._graphs = graphs
+
+    def close(self) -> None:
+        """Let go of what was captured: NCCL waits for it before it closes a communicator."""
+        self.transfer.drain()
+        self._graphs = None
+        gc.collect()
 
     def run(self, inputs: StepInputs) -> StepOutput | None:
         """Take the carry, run the stage, pass the carry on.

@@ -73,6 +73,7 @@ def run_graph_rank(job: GraphJob, env: RankEnv, use: Use | None) -> PipelineRepo
         phase.name = "running the pipeline"
         report = run_worker(job, worker, context, use)
         _LOG.debug("rank %d compiled: %s", env.rank, compilations() or "nothing")
+        worker.close()
         context.close()
     return report
 

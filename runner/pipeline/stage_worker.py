@@ -1,5 +1,6 @@
 """One rank's stage of a tensor model at work: its weights, its buffers, its segments."""
 
+import gc
 import time
 from collections import deque
 from collections.abc import Iterator, Mapping, Sequence
@@ -99,6 +100,11 @@ class StageWorker:
                 with torch.cuda.graph(graph, pools[slot], stream, capture_error_mode=mode):
                     sends = self._compute(bucket, slot)
                 self._graphs[bucket, slot] = graph, sends
+
+    def close(self) -> None:
+        """Let go of what was captured: NCCL waits for it before it closes a communicator."""
+        self._graphs.clear()
+        gc.collect()
 
     def _compute(self, bucket: int, slot: int) -> Values:
         program = self.programs[bucket]

@@ -109,7 +109,7 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model that can generate for minutes."""
     folder = tmp_path_factory.mktemp("endless")
     plain = {"rope_type": "default", "rope_theta": 10000.0}
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4}
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
     make_checkpoint(
         "llama",
         folder,
