@@ -1,5 +1,6 @@
 """What a compile came to, as text."""
 
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,10 +27,22 @@ def summary(outcome: "Outcome", output: Path) -> str:
             f"{plural(len(unique), 'artefact')}, {len(made)} built in "
             f"{sum(b.seconds for b in built):.1f} s of work, {sum(b.num_bytes for b in unique):,} "
             "bytes",
+            *_refusals(built),
             outcome.parity.line(),
             str(output),
         ]
     )
+
+
+def _refusals(built: "Sequence[Built]") -> Iterator[str]:
+    """Which candidates of `auto` could not run which share of the segments, and why the first."""
+    notes: dict[str, list[str]] = {}
+    for one in built:
+        for candidate in one.candidates:
+            if candidate.note:
+                notes.setdefault(candidate.backend, []).append(candidate.note)
+    for backend, reasons in notes.items():
+        yield f"{backend}: left out of {len(reasons)} of {len(built)} segments; {reasons[0]}"
 
 
 def _row(built: "Built") -> list[str]:

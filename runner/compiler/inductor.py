@@ -85,8 +85,8 @@ class InductorBackend:
                 torch._inductor.aot_compile(program.module(), inputs, options=options)
             except Exception as error:
                 raise UnsupportedSegmentError(
-                    f"inductor cannot compile segment {segment.kind} "
-                    f"({type(error).__name__}: {error}); use compile.backend: eager or auto"
+                    f"inductor cannot compile segment {segment.kind} ({_reason(error)}); use "
+                    "compile.backend: eager or auto"
                 ) from error
             self._check_loads(made)
             shutil.copyfile(made, folder / LIBRARY)
@@ -138,6 +138,13 @@ class InductorBackend:
         if self._device.type == "cpu":
             return {}
         return {"aot_inductor.embed_kernel_binary": True, **(_ONE_ROW if num_rows == 1 else {})}
+
+
+def _reason(error: Exception) -> str:
+    """One line; where the C++ compiler failed, the first error that it tells."""
+    lines = str(error).splitlines() or [""]
+    told = next((line for line in lines if " error: " in line), lines[0])
+    return f"{type(error).__name__}: {told.strip()}"
 
 
 def compiler() -> str:

@@ -109,7 +109,7 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model that can generate for minutes."""
     folder = tmp_path_factory.mktemp("endless")
     plain = {"rope_type": "default", "rope_theta": 10000.0}
-    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 4, "num_key_value_heads": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
     make_checkpoint(
         "llama",
         folder,
@@ -117,7 +117,9 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=200_000,
         rope_parameters=plain,
         eos_token_id=None,
-        **sizes,
+        hidden_size=64,
+        intermediate_size=96,
+        **heads,
     )
     return add_tokenizer(folder)
 

@@ -64,6 +64,13 @@ def test_a_line_a_segment_then_totals_and_the_comparison() -> None:
     assert lines[7:] == ["/out"]
 
 
+def test_candidates_that_could_not_run_are_told_with_the_first_reason() -> None:
+    refused = Candidate("inductor", "", None, None, "no header")
+    without = replace(MEASURED, candidates=(refused, MEASURED.candidates[1]))
+    lines = summary(Outcome((without, KEPT), PASSED), Path("/out")).splitlines()
+    assert "inductor: left out of 1 of 2 segments; no header" in lines
+
+
 def test_the_worst_unit_is_the_one_that_points_farthest_away() -> None:
     assert PASSED.line() == (
         "parity: passed; smallest cosine of a layer's contribution 0.999500 (layers.1 at 16 "

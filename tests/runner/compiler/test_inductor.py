@@ -5,8 +5,9 @@ from pathlib import Path
 import pytest
 import torch
 from torch import nn
+from torch._inductor.exc import CppCompileError
 
-from parallel.errors import PreflightError
+from parallel.errors import PreflightError, UnsupportedSegmentError
 from runner.compiler.inductor import InductorBackend
 from runner.compiler.segment import Segment, TensorSpec
 
@@ -20,6 +21,27 @@ done
 """
 
 
+def linear() -> Segment:
+    return Segment("linear", nn.Linear(8, 4), (TensorSpec((1, 8), torch.float32),))
+
+
+def test_what_the_compiler_says_first_is_told_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Inductor keeps in mind what has failed, so the error is raised in its place."""
+    said = "x.h:1:10: fatal error: y.h: No such file or directory"
+
+    def fail(*_args: object, **_options: object) -> None:
+        raise CppCompileError(["g++", "x.cpp"], f"In file z\n{said}\ncompilation terminated.")
+
+    monkeypatch.setattr("torch._inductor.aot_compile", fail)
+    backend, segment = InductorBackend(torch.device("cpu")), linear()
+    with pytest.raises(UnsupportedSegmentError) as raised:
+        backend.build(segment, segment.export("cpu"), tmp_path)
+    assert f"(CppCompileError: {said})" in str(raised.value)
+    assert "\n" not in str(raised.value)
+
+
 @pytest.mark.full
 def test_libraries_that_do_not_load_are_found_before_they_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -28,7 +50,7 @@ def test_libraries_that_do_not_load_are_found_before_they_are_kept(
     spoiler.write_text(SPOILER)
     spoiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(spoiler))
-    segment = Segment("linear", nn.Linear(8, 4), (TensorSpec((1, 8), torch.float32),))
+    segment = linear()
     backend = InductorBackend(torch.device("cpu"))
     folder = tmp_path / "artefact"
     folder.mkdir()
