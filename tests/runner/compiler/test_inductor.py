@@ -50,6 +50,8 @@ def test_libraries_that_do_not_load_are_found_before_they_are_kept(
     spoiler.write_text(SPOILER)
     spoiler.chmod(0o755)
     monkeypatch.setenv("CXX", str(spoiler))
+    # It was read when inductor was first imported.
+    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(spoiler)))
     segment = linear()
     backend = InductorBackend(torch.device("cpu"))
     folder = tmp_path / "artefact"
