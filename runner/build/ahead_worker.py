@@ -17,8 +17,10 @@ from runner.build.build_process import build_ordered
 
 if __name__ == "__main__":
     die_with_parent(int(sys.argv[2]))
+    orders = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # Whatever else is printed goes to standard error.
+    # Compilers that are called shall read no order, and what they print goes to standard error.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    for seconds in build_ordered(torch.device(sys.argv[1]), sys.stdin):
+    for seconds in build_ordered(torch.device(sys.argv[1]), orders):
         print(json.dumps(seconds), file=answers, flush=True)
