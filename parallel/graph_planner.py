@@ -4,32 +4,25 @@ Needs no GPU and computes nothing: the module is traced with fake tensors. What 
 comes from the configuration; where a cut is best is `parallel.graph_cut`.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import fx, nn
-from torch.utils import _pytree as pytree
+from torch import nn
 
-from parallel.apply import Applied, apply
-from parallel.collectives import Group
 from parallel.errors import ConfigError
 from parallel.graph import Graph
-from parallel.graph_cost import Machine, cost_of
+from parallel.graph_cost import Machine
 from parallel.graph_cut import cut_at, cut_by_cost, cut_by_modules, cut_warnings, unit_seconds
 from parallel.graph_plan import Bucket, GraphPlan, GraphStagePlan
-from parallel.graph_stage import Piece, Stage, Value, shared_weights
-from parallel.plan import Carry, LocalTensor, RankPlan
-from parallel.plan import Piece as TensorPiece
+from parallel.graph_ranks import Ranks
+from parallel.graph_stage import shared_weights
+from parallel.graph_twin import Traced, modules_of, span, trace_whole
+from parallel.plan import Carry
 from parallel.schedule import predict
 from parallel.topology import Topology
 
 NUM_MICROBATCHES = 16
 """For how many the bubble is predicted."""
-
-
-Traced = dict[Bucket, Graph]
-"""The undivided module at some shapes."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +80,7 @@ def make_graph_plan(
         _stage_plan(graph, boundaries, index, seconds, tp_size)
         for index, tp_size in enumerate(topology.tp_sizes)
     )
-    ranks = _Ranks(module, buckets[-1], topology, cut.tp_plan, graph, boundaries)
+    ranks = Ranks(module, buckets[-1], topology, cut.tp_plan, graph, boundaries)
     return GraphPlan(
         kind="graph",
         architecture=architecture,
@@ -128,106 +121,6 @@ def bubble_of(
     return round(predict(busy, NUM_MICROBATCHES, sends).bubble, 6)
 
 
-def trace_whole(
-    module: nn.Module,
-    bucket: Bucket,
-    topology: Topology,
-    tp_plan: Mapping[str, str] | None,
-    *,
-    device: str = "cpu",
-) -> Graph:
-    """The undivided model in one bucket, in the units that the boundaries of its plan count.
-
-    Args:
-        device: where it will run.
-
-    Raises:
-        ConfigError: it cannot be traced.
-    """
-    atomic = _atomic(module, topology, tp_plan)
-    return Graph.trace(module, values_of(bucket), atomic=atomic, device=device)
-
-
-def values_of(bucket: Bucket) -> tuple[Value, ...]:
-    """The inputs of a bucket as the graph takes them."""
-    return tuple(Value(c.name, c.dtype, tuple(map(int, c.shape))) for c in bucket)
-
-
-class Tracer:
-    """Traces what ranks run, as a plan divides it; ranks that split no layer share their graphs."""
-
-    def __init__(
-        self,
-        module: nn.Module,
-        plan: GraphPlan,
-        tp_plan: Mapping[str, str] | None,
-        *,
-        traced: Traced | None = None,
-        device: str = "cpu",
-    ) -> None:
-        """
-        Args:
-            traced: graphs of the undivided module that there are already, for `device`.
-            device: where the graphs will run.
-        """
-        self._module = module
-        self._plan = plan
-        self._tp_plan = tp_plan
-        self._device = device
-        self._atomic = _atomic(module, plan.topology, tp_plan)
-        self._whole: Traced = {} if traced is None else traced
-
-    def stage(self, bucket: Bucket, rank: int) -> tuple[Stage, tuple[Value, ...]]:
-        """What a rank runs in one bucket, and what the whole model returns, in the plan's order.
-
-        Raises:
-            ConfigError: the model runs other modules at these shapes, or on this rank, than those
-                that were planned.
-        """
-        index = self._plan.topology.coordinate(rank).stage
-        graph = self._graph(bucket, rank)
-        found = _modules(graph, *_span(graph, self._plan.boundaries, index))
-        planned = self._plan.stages[index].modules
-        if found != planned:
-            differing = (a for a, b in zip(found, planned, strict=False) if a != b)
-            raise ConfigError(
-                f"at inputs {', '.join(map(str, values_of(bucket)))} rank {rank} runs other "
-                f"modules in stage {index} than planned, from {next(differing, found[-1])} on; "
-                "give all buckets shapes at which the model does the same"
-            )
-        return graph.stages(self._plan.boundaries)[index], graph.outputs
-
-    def _graph(self, bucket: Bucket, rank: int) -> Graph:
-        applied = _twin(self._module, self._tp_plan, self._plan.topology, rank)
-        if applied.module is not self._module:
-            return self._trace(applied.module, bucket)
-        if bucket not in self._whole:
-            self._whole[bucket] = self._trace(self._module, bucket)
-        return self._whole[bucket]
-
-    def _trace(self, module: nn.Module, bucket: Bucket) -> Graph:
-        return Graph.trace(module, values_of(bucket), atomic=self._atomic, device=self._device)
-
-
-def _twin(
-    module: nn.Module, tp_plan: Mapping[str, str] | None, topology: Topology, rank: int
-) -> Applied:
-    """A rank's twin of the module; without tensor parallelism the module itself."""
-    here = topology.coordinate(rank)
-    group = Group(tuple(topology.ranks(here.stage)), here.tp_rank)
-    if group.size == 1 or not tp_plan:
-        return Applied(module, frozenset(), {})
-    return apply(module, tp_plan, group)
-
-
-def _atomic(
-    module: nn.Module, topology: Topology, tp_plan: Mapping[str, str] | None
-) -> frozenset[str]:
-    """The layers that some ranks hold a share of; on the others they count as one part, too."""
-    widest = topology.tp_sizes.index(max(topology.tp_sizes))
-    return _twin(module, tp_plan, topology, topology.ranks(widest)[0]).atomic
-
-
 def _check_tp(topology: Topology, tp_plan: Mapping[str, str] | None) -> None:
     if max(topology.tp_sizes) > 1 and not tp_plan:
         raise ConfigError(
@@ -258,17 +151,6 @@ def _boundaries(
     return cut_by_cost(graph, topology.tp_sizes, machine=machine)
 
 
-def _span(graph: Graph, boundaries: Sequence[int], stage: int) -> tuple[int, int]:
-    """The units of a stage."""
-    ends = [0, *boundaries, len(graph.units)]
-    return ends[stage], ends[stage + 1]
-
-
-def _modules(graph: Graph, start: int, stop: int) -> tuple[str, ...]:
-    """The modules of a run of units, each once."""
-    return tuple(dict.fromkeys(unit.name for unit in graph.units[start:stop]))
-
-
 def _stage_plan(
     graph: Graph,
     boundaries: Sequence[int],
@@ -276,127 +158,14 @@ def _stage_plan(
     seconds: Sequence[float],
     tp_size: int,
 ) -> GraphStagePlan:
-    start, stop = _span(graph, boundaries, index)
+    start, stop = span(graph, boundaries, index)
     units = graph.units[start:stop]
     carries = graph.carries(stop) if stop < len(graph.units) else ()
     return GraphStagePlan(
-        modules=_modules(graph, start, stop),
+        modules=modules_of(graph, start, stop),
         carries=tuple(Carry(v.name, v.dtype, v.shape) for v in carries),
         first_unit=start,
         num_ops=units[-1].stop - units[0].start,
         flops=sum(unit.flops for unit in units),
         time_s=float(f"{sum(seconds[start:stop]) / tp_size:.6g}"),
     )
-
-
-@dataclass(frozen=True)
-class _Ranks:
-    """What every rank holds, found from the twin that it will run."""
-
-    module: nn.Module
-    bucket: Bucket
-    topology: Topology
-    tp_plan: Mapping[str, str] | None
-    whole: Graph
-    boundaries: Sequence[int]
-
-    def plans(self) -> Iterator[RankPlan]:
-        for rank in range(self.topology.world_size):
-            yield self._plan(rank)
-
-    def _plan(self, rank: int) -> RankPlan:
-        here = self.topology.coordinate(rank)
-        applied = _twin(self.module, self.tp_plan, self.topology, rank)
-        graph = self.whole
-        if applied.module is not self.module:
-            atomic = _atomic(self.module, self.topology, self.tp_plan)
-            graph = Graph.trace(applied.module, values_of(self.bucket), atomic=atomic)
-            _check_same_row(graph, self.whole, rank)
-            _check_joined(graph, self.whole, rank)
-        stage = graph.stages(self.boundaries)[here.stage]
-        self._check_carries(stage, here.stage)
-        tensors = tuple(
-            applied.tensors.get(name, _whole_tensor(name, tensor))
-            for name, tensor in stage.weights.items()
-        )
-        return RankPlan(
-            rank=rank,
-            stage=here.stage,
-            tp_rank=here.tp_rank,
-            device=self.topology.devices[rank],
-            tensors=tensors,
-            weight_bytes=sum(tensor.nbytes for tensor in stage.weights.values()),
-            activation_bytes=max((_peak_bytes(piece) for piece in stage.pieces), default=0),
-        )
-
-    def _check_carries(self, stage: Stage, index: int) -> None:
-        """A value that ranks hold parts of can cross only to a stage that is split the same."""
-        whole, sizes = self.whole.stages(self.boundaries), self.topology.tp_sizes
-        for after, values in ((index, stage.receives), (index + 1, stage.sends)):
-            if not 0 < after < len(sizes) or sizes[after - 1] == sizes[after]:
-                continue
-            for value, expected in zip(values, whole[after].receives, strict=True):
-                if value.shape != expected.shape:
-                    raise ConfigError(
-                        f"the cut before {self.whole.units[self.boundaries[after - 1]].name} lies "
-                        f"between a layer that parallel.tp_plan splits and the one that joins it "
-                        f"again, and stages {after - 1} and {after} have {sizes[after - 1]} and "
-                        f"{sizes[after]} ranks; cut elsewhere by parallel.split_points, or give "
-                        "both stages as many ranks"
-                    )
-
-
-def _check_joined(twin: Graph, whole: Graph, rank: int) -> None:
-    """What the model returns is read from one rank."""
-    for name, found, expected in zip(whole.output_names, twin.outputs, whole.outputs, strict=True):
-        if found.shape != expected.shape:
-            raise ConfigError(
-                f"parallel.tp_plan leaves output {name} split: rank {rank} has "
-                f"{list(found.shape)} of {list(expected.shape)}; let a rowwise layer join it, or "
-                "use colwise_gather_output"
-            )
-
-
-def _check_same_row(twin: Graph, whole: Graph, rank: int) -> None:
-    """A cut counts units, so both must have the same."""
-    names = [[unit.name for unit in graph.units] for graph in (twin, whole)]
-    if names[0] != names[1]:
-        differing = next((a for a, b in zip(*names, strict=False) if a != b), names[1][-1])
-        raise ConfigError(
-            f"parallel.tp_plan changes what rank {rank} runs around {differing} beyond the layers "
-            "that it splits; leave that layer out of it"
-        )
-
-
-def _whole_tensor(name: str, tensor: torch.Tensor) -> LocalTensor:
-    return LocalTensor(name, tuple(tensor.shape), 0, (TensorPiece(name),))
-
-
-def _peak_bytes(piece: Piece) -> int:
-    """The most bytes of activations that live at once, if each is freed after its last use.
-
-    A use of a view, or of one of several results, is a use of what was made.
-    """
-    nodes = [n for n in piece.module.graph.nodes if n.op in ("placeholder", "call_function")]
-    owners: dict[fx.Node, fx.Node] = {}
-    last: dict[fx.Node, int] = {}
-    for place, node in enumerate(nodes):
-        sources = [owners.get(source, source) for source in node.all_input_nodes]
-        owners[node] = node if _made_bytes(node) or not sources else sources[0]
-        last.update(dict.fromkeys(sources, place))
-    live = peak = 0
-    for place, node in enumerate(nodes):
-        live += _made_bytes(node)
-        peak = max(peak, live)
-        for owner in {owners.get(source, source) for source in node.all_input_nodes}:
-            if last[owner] == place:
-                live -= _made_bytes(owner)
-    return peak
-
-
-def _made_bytes(node: fx.Node) -> int:
-    """Of what an operation makes, in all its results; a view makes nothing, a weight is there."""
-    if node.op == "get_attr" or (node.op == "call_function" and not cost_of(node).num_bytes):
-        return 0
-    results = pytree.tree_leaves(node.meta.get("val"))
-    return sum(result.nbytes for result in results if isinstance(result, torch.Tensor))

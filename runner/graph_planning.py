@@ -20,7 +20,7 @@ from runner.config.schema import RunnerConfig
 from runner.job import Job, device_type_of
 
 if TYPE_CHECKING:
-    from parallel.graph_planner import Traced
+    from parallel.graph_twin import Traced
     from runner.sources.tensor_model import TensorModel
 
 

@@ -18,7 +18,7 @@ from gpu_profile import shares_beside_kernels  # noqa: E402
 
 from parallel.collectives import all_gather_bytes  # noqa: E402
 from parallel.context import ParallelContext  # noqa: E402
-from parallel.graph_planner import values_of  # noqa: E402
+from parallel.graph_twin import values_of  # noqa: E402
 from parallel.launch import RankEnv, adopt  # noqa: E402
 from runner.bundled import open_job  # noqa: E402
 from runner.graph_planning import GraphJob  # noqa: E402

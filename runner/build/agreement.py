@@ -7,9 +7,11 @@ happen to be rounded says nothing. Each element's `rounding` is what it may be o
 
 import torch
 
-LEAST_ERROR = 1e-4
-"""What is never too large in float32. TensorRT-RTX multiplies matrices with errors of 1e-5 of the
-result's norm, where cuBLAS has some 1e-7 and TF32 more than 1e-4; `disable_tf32` changes nothing.
+LEAST_ERROR = 5e-4
+"""What is never too large for the largest error of an element in float32. TensorRT-RTX multiplies
+matrices with errors of up to 1e-4 of a result's norm, of which the largest is some five times that;
+cuBLAS has some 1e-7 of the norm, and `disable_tf32` changes nothing. Products in TF32 are off by
+1.4e-3 and more, and are refused (docs/measurements.md).
 """
 
 

@@ -1,22 +1,26 @@
-"""Builds artefacts for a compile that runs in another process; run by `runner.build.ahead`.
+"""Builds artefacts for a compile that runs in another process; started by `BuildProcess`.
 
-    python -m runner.build.ahead_worker DESK PARENT_PID
+    python -m runner.build.ahead_worker DEVICE PARENT_PID
 
-It prints a line for every artefact when it is done, as JSON: the seconds, or null.
+It reads a line for every artefact that it is to build, and prints one when that is done, as JSON:
+the seconds, or null.
 """
 
 import json
 import os
 import sys
-from pathlib import Path
+
+import torch
 
 from parallel.launch import die_with_parent
-from runner.build.ahead import build_in_turn
+from runner.build.build_process import build_ordered
 
 if __name__ == "__main__":
     die_with_parent(int(sys.argv[2]))
+    orders = os.fdopen(os.dup(0), encoding="utf-8")
     answers = os.fdopen(os.dup(1), "w", encoding="utf-8")
-    # Whatever else is printed goes to standard error.
+    # Compilers that are called shall read no order, and what they print goes to standard error.
+    os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    for seconds in build_in_turn(Path(sys.argv[1])):
+    for seconds in build_ordered(torch.device(sys.argv[1]), orders):
         print(json.dumps(seconds), file=answers, flush=True)

@@ -15,7 +15,7 @@ import torch
 from parallel.collectives import broadcast_bytes
 from parallel.context import ParallelContext
 from parallel.graph_plan import Bucket
-from parallel.graph_planner import values_of
+from parallel.graph_twin import values_of
 from parallel.records import read_record
 from runner.build.agreement import LEAST_ERROR, cosine_of, errors_of
 from runner.build.recipe import Verdict

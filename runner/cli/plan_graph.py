@@ -185,7 +185,7 @@ def _try_sizes(config: "RunnerConfig", gpus: Gpus, num_gpus: int) -> "list[Graph
 
 def _num_parts(config: "RunnerConfig", model: "TensorModel") -> int:
     """The most stages that the model can be cut into."""
-    from parallel.graph_planner import trace_whole
+    from parallel.graph_twin import trace_whole
     from parallel.topology import Topology
     from runner.graph_planning import graph_buckets
 

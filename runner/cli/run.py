@@ -81,7 +81,7 @@ def run(
     own ranks, or joins those that torchrun started.
 
     A line of prompts is {"prompt": "..."} or {"messages": [...]}, with an id and any of the options
-    of sampling above; or one of OpenAI's batch format. Answers are lines of results.jsonl.
+    of sampling below; or one of OpenAI's batch format. Answers are lines of results.jsonl.
     """
     from runner.planning import DecoderJob
 

@@ -50,7 +50,9 @@ class CompileConfig(Section):
     means the powers of two."""
 
     enforce_eager: bool = False
-    """Whether GPUs run every step call by call; false means decode steps are CUDA graphs."""
+    """Whether GPUs run every step call by call; false means that decode steps, and all buckets of a
+    tensor model, are CUDA graphs.
+    """
 
     parity: ParityConfig = Field(default_factory=ParityConfig)
 

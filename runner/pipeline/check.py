@@ -10,8 +10,8 @@ import torch
 from torch.utils import _pytree as pytree
 
 from parallel.errors import ParityError
-from parallel.graph_planner import values_of
 from parallel.graph_stage import Value
+from parallel.graph_twin import values_of
 from runner.graph_planning import GraphJob
 from runner.pipeline.pipeline import Pipeline
 from runner.pipeline.programs import batch_size

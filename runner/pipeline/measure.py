@@ -17,8 +17,9 @@ from parallel.graph import Graph
 from parallel.graph_cut import cut_by_cost, cut_warnings
 from parallel.graph_modules import split_points
 from parallel.graph_plan import GraphPlan
-from parallel.graph_planner import bubble_of, trace_whole
+from parallel.graph_planner import bubble_of
 from parallel.graph_stage import Piece, Stage, Value
+from parallel.graph_twin import trace_whole
 from runner.compiler.segment import Segment, TensorSpec, named_tensors
 from runner.graph_planning import GraphJob
 

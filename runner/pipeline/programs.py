@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 
 from parallel.graph_plan import Bucket, GraphPlan
-from parallel.graph_planner import Tracer
+from parallel.graph_twin import Tracer
 from runner.graph_planning import GraphJob
 from runner.pipeline.stage_program import StageProgram
 from runner.pipeline.stored_programs import read_programs

@@ -23,7 +23,6 @@ from runner.compiler.counter import counted
 
 pytestmark = pytest.mark.timeout(180)
 
-NUM_LAYERS = 8
 BUCKETS = [2, 8, 16]
 SETTINGS: dict[str, Any] = {
     "compile.backend": "eager",
@@ -39,20 +38,23 @@ ASKED = ("--prompt", PROMPTS[0], "--prompt", PROMPTS[1], "--max-tokens", "12", "
 WHOLE_LAYERS = {"qkv": 3, "block": 3, "last_block": 3, "head": 2}
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small model of many layers that never ends by itself."""
-    folder = tmp_path_factory.mktemp("compiled") / "model"
+def make_model(folder: Path, num_layers: int) -> Path:
+    """A small model that never ends by itself."""
     plain = {"rope_type": "default", "rope_theta": 10000.0}
     make_checkpoint(
         "llama",
         folder,
         vocab_size=259,
-        num_hidden_layers=NUM_LAYERS,
+        num_hidden_layers=num_layers,
         rope_parameters=plain,
         eos_token_id=None,
     )
     return add_tokenizer(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_model(tmp_path_factory.mktemp("compiled") / "model", num_layers=4)
 
 
 @pytest.fixture(scope="module")
@@ -115,14 +117,15 @@ def by_kind(outcome: Outcome) -> dict[str, int]:
 
 
 @pytest.mark.dist
-def test_many_layers_are_few_segments_and_another_cut_reuses_them_all(
-    model: Path, rank_pool: RankPool, tmp_path: Path
+def test_32_layers_are_few_segments_and_another_cut_reuses_them_all(
+    rank_pool: RankPool, tmp_path: Path
 ) -> None:
+    model = make_model(tmp_path / "model", num_layers=32)
     one = build_jobs.build_here(model, tmp_path / "one", SETTINGS)
     assert by_kind(one) == WHOLE_LAYERS
     assert all(built.seconds > 0 for built in one.built)
     layers = {unit.name for unit in one.parity.units} - {"embedding", "head"}
-    assert layers == {f"layers.{index}" for index in range(NUM_LAYERS)}
+    assert layers == {f"layers.{index}" for index in range(32)}
 
     options = {"reuse_from": (tmp_path / "one",)}
     job = (build_jobs.build, [1, 1], str(model), tmp_path / "two", SETTINGS, None, options)

@@ -3,6 +3,8 @@ TensorRT-RTX, for a GPU that is not here.
 """
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,8 @@ import torch
 from graph_builds import assert_equal, make_model, run_here, samples
 from typer.testing import CliRunner
 
+from examples.ct.join_weights import write_weights as write_ct_weights
+from examples.efficientnet.convert_weights import write_weights as write_efficientnet_weights
 from runner.bundle.bundle import Bundle
 from runner.cli.app import app
 
@@ -18,12 +22,22 @@ ROOT = Path(__file__).parents[2]
 NEEDS_NO_GPU = pytest.mark.skipif(torch.cuda.is_available(), reason="of a host without a GPU")
 
 EXAMPLES = {
-    "examples/efficientnet/plan.yaml": ("efficientnet-lite0/efficientnet_lite0.safetensors", 2),
-    "examples/ocr/plan.yaml": ("ocr/detect.onnx", 2),
-    "examples/ocr/recognize.yaml": ("ocr/recognize.onnx", 6),
-    "examples/ct/plan.yaml": ("ct-backbone/ct_backbone.safetensors", 4),
+    "examples/efficientnet/plan.yaml": ("efficientnet_lite0.safetensors", 2),
+    "examples/ocr/plan.yaml": ("detect.onnx", 2),
+    "examples/ocr/recognize.yaml": ("recognize.onnx", 6),
+    "examples/ct/plan.yaml": ("ct_backbone.safetensors", 4),
 }
 """Configuration -> a file of its model, and the number of its segments with batches of one."""
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The models of the examples, from the packages that scripts/setup dev installs."""
+    folder = tmp_path_factory.mktemp("models")
+    write_efficientnet_weights(folder)
+    write_ct_weights(folder)
+    subprocess.run([sys.executable, ROOT / "examples/ocr/fetch", folder], check=True)
+    return folder
 
 
 def compile_for_target(plan: Path, out: Path, *more: str) -> dict[str, Any]:
@@ -65,21 +79,20 @@ def test_its_graphs_and_weights_run_uncompiled_on_any_host(tmp_path: Path) -> No
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("plan", EXAMPLES)
 def test_every_stage_of_an_example_is_one_engine(
-    plan: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    plan: str, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    weights, num_segments = EXAMPLES[plan]
-    if not (ROOT / "models" / weights).exists():
-        pytest.skip(f"{(ROOT / plan).parent / 'fetch'} has not fetched models/{weights}")
     monkeypatch.chdir(ROOT)
-    batches_of_one = (
+    file, num_segments = EXAMPLES[plan]
+    settings = (
+        f"model.path={models / file}",
         "scheduler.max_batch_size=1",
         "scheduler.preferred_batch_size=null",
         "compile.buckets=[1]",
     )
-    more = [part for given in batches_of_one for part in ("--set", given)]
+    more = [part for given in settings for part in ("--set", given)]
     if "ct" in plan:
         more += ["--dtype", "bfloat16"]
-    told = compile_for_target(ROOT / plan, tmp_path / "out", *more)
+    told = compile_for_target(Path(plan), tmp_path / "out", *more)
     assert [built["backend"] for built in told["built"]] == ["tensorrt"] * num_segments
     assert len({built["key"] for built in told["built"]}) == num_segments
     Bundle.open(tmp_path / "out").verify()

@@ -2,20 +2,24 @@
 
 import json
 import re
+import shutil
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from bundles import flip
 from checkpoints import add_tokenizer, load_reference, make_checkpoint, reference_greedy
 from processes import processes_naming, run_command, start_command, wait_until_gone
 from typer.testing import CliRunner
 
-from parallel.errors import ConfigError
+from parallel.errors import ConfigError, IntegrityError
 from runner.bundle.bundle import Bundle
 from runner.cli.app import app
+from runner.compiler.tensorrt_io import ENGINE_FILE, IO_FILE
 from runner.text.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.timeout(300)
@@ -126,6 +130,41 @@ def test_the_bundle_is_whole_and_says_that_it_was_not_compared(compiled: Compile
     assert shown.exit_code == 0
     assert "built on any GPU (SM 8.9)" in shown.stdout
     assert reason in shown.stdout
+
+
+def _halve(engine: Path) -> None:
+    data = engine.read_bytes()
+    engine.write_bytes(data[: len(data) // 2])
+
+
+@pytest.mark.parametrize(
+    ("spoil", "is_seen_at_once"),
+    [
+        (lambda engine: flip(engine, 1000), False),
+        (lambda engine: flip(engine.with_name(IO_FILE), 20), False),
+        (_halve, True),
+        (Path.unlink, True),
+    ],
+    ids=["flipped engine", "flipped description", "truncated engine", "no engine"],
+)
+def test_a_damaged_engine_is_refused(
+    spoil: Callable[[Path], None], is_seen_at_once: bool, compiled: Compiled, tmp_path: Path
+) -> None:
+    """Engines of the real builder. Sizes are compared when a bundle is opened, hashes when an
+    artefact is about to be loaded, which asks for the GPU first.
+    """
+    path = Path(shutil.copytree(compiled.bundle, tmp_path / "bundle"))
+    key = min(Bundle.open(path).manifest.artefacts)
+    spoil(path / "artefacts" / key / ENGINE_FILE)
+    for asked in (["inspect", str(path), "--verify"], ["generate", "--bundle", str(path)]):
+        if asked[0] == "generate" and not is_seen_at_once:
+            continue
+        more = ["--accept-parity", "--prompt", "One"] if asked[0] == "generate" else []
+        done = CliRunner().invoke(app, [*asked, *more])
+        assert isinstance(done.exception, IntegrityError), done.exception
+        assert f"artefacts/{key}/" in done.stdout + str(done.exception)
+    with pytest.raises(IntegrityError, match=f"artefacts/{key}/.*build it: shardline compile"):
+        Bundle.open(path).artefact(key)
 
 
 def test_another_cut_takes_every_engine_over(model: Path, compiled: Compiled) -> None:

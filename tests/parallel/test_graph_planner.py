@@ -11,8 +11,10 @@ from torch import nn
 from parallel.errors import ConfigError
 from parallel.graph import Graph
 from parallel.graph_plan import GraphPlan
-from parallel.graph_planner import CutRequest, Tracer, _peak_bytes, make_graph_plan
+from parallel.graph_planner import CutRequest, make_graph_plan
+from parallel.graph_ranks import peak_bytes
 from parallel.graph_stage import Value
+from parallel.graph_twin import Tracer
 from parallel.plan import Carry
 from parallel.topology import Topology
 
@@ -139,4 +141,4 @@ class Parts(nn.Module):
 def test_activations_live_until_the_last_use_of_any_view(module: nn.Module, kib: int) -> None:
     graph = Graph.trace(module.eval(), [Value("x", "float32", (1024,))])
     ((piece,),) = (stage.pieces for stage in graph.stages())
-    assert kib * 1024 <= _peak_bytes(piece) < kib * 1024 + 64
+    assert kib * 1024 <= peak_bytes(piece) < kib * 1024 + 64

@@ -1,5 +1,6 @@
 """Artefacts that several processes build at once are those that one would have built."""
 
+import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -11,13 +12,16 @@ from torch import nn
 from parallel.context import ParallelContext
 from parallel.launch import RankEnv
 from parallel.topology import Topology
-from runner.build.ahead import Build, build_ahead, count_processes, shares_of
+from runner.build.ahead import build_ahead, count_processes
+from runner.build.build_process import BuildProcess
 from runner.build.choice import Chooser
 from runner.build.worklist import Use, Work
 from runner.bundle.builder import BundleBuilder
 from runner.compiler.backends import Backends
 from runner.compiler.counter import compilations
 from runner.compiler.segment import Segment, TensorSpec
+
+pytestmark = pytest.mark.timeout(400)
 
 CPU = torch.device("cpu")
 
@@ -78,17 +82,39 @@ def test_one_process_builds_nothing_ahead(context: ParallelContext, builder: Bun
     assert not any((builder.folder / "artefacts").glob("*"))
 
 
-def test_what_is_tuned_by_timing_is_built_by_one_process() -> None:
-    segments = [work(rows).segment for rows in (1, 2, 1, 3, 4, 1, 5)]
-    program = segments[0].export("cpu")
-    builds = [Build("inductor", segment, program, str(i)) for i, segment in enumerate(segments)]
-    shares = shares_of(builds, 3)
-    assert [[build.key for build in share] for share in shares] == [
-        ["0", "2", "5"],
-        ["1", "4"],
-        ["3", "6"],
-    ]
-    assert [len(share) for share in shares_of(builds[:1], 8)] == [1]
+def test_what_a_process_dies_of_costs_that_one_alone(
+    context: ParallelContext,
+    builder: BundleBuilder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    """The compiler of inductor ends the process that calls it, once."""
+    compiler = tmp_path / "c++"
+    compiler.write_text(
+        "#!/bin/sh\n"
+        f"grep -q ahead_worker /proc/$PPID/cmdline && mkdir {tmp_path}/once 2>&- && kill -9 $PPID\n"
+        'exec g++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("CXX", str(compiler))
+    # In the process itself, and not in one of a pool.
+    monkeypatch.setenv("TORCHINDUCTOR_COMPILE_THREADS", "1")
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    works = [work(rows) for rows in (1, 2, 3, 4)]
+    inductor = [Backends(CPU)["inductor"]]
+    seconds = build_ahead(works, inductor, builder, context, num_processes=2)
+    assert (tmp_path / "once").exists()
+    assert len(seconds) == 3
+    told = [json.loads(line) for line in capfd.readouterr().err.splitlines() if "artefact" in line]
+    assert sorted(one["how"] for one in told) == ["inductor"] * 3 + ["not built"]
+    assert [one["done"] for one in told] == [1, 2, 3, 4]
+
+
+def test_a_process_has_as_many_threads_as_its_share_of_the_cores() -> None:
+    with BuildProcess(CPU, num_threads=3) as process:
+        variables = Path(f"/proc/{process._process.pid}/environ").read_bytes().split(b"\0")
+    assert b"TORCHINDUCTOR_COMPILE_THREADS=3" in variables
 
 
 def test_ranks_share_the_cores() -> None:

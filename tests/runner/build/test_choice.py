@@ -112,6 +112,43 @@ def test_a_candidate_that_computes_something_else_is_out(
     assert eager.parity is True
 
 
+class Coarse(nn.Module):
+    """An MLP whose products take their factors rounded to some bits, as tensor cores do."""
+
+    def __init__(self, bits: int | None) -> None:
+        super().__init__()
+        self.bits = bits
+        self.up = nn.Parameter(torch.empty(704, 256, device="meta"))
+        self.down = nn.Parameter(torch.empty(256, 704, device="meta"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.product(nn.functional.silu(self.product(x, self.up)), self.down)
+
+    def product(self, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if self.bits is not None:
+            x, weight = _rounded(x, self.bits), _rounded(weight, self.bits)
+        return x @ weight.t()
+
+
+def _rounded(x: torch.Tensor, bits: int) -> torch.Tensor:
+    mantissa, exponent = x.frexp()
+    return torch.ldexp((mantissa * 2**bits).round(), exponent - bits)
+
+
+@pytest.mark.parametrize("rows", [1, 7, 256])
+def test_products_in_float32_may_be_as_coarse_as_those_of_tensorrt_but_not_as_tf32(
+    rows: int,
+) -> None:
+    """TF32 has 11 bits, the leading one included."""
+    activations = (TensorSpec((rows, 256), torch.float32),)
+    segments = {bits: Segment("mlp", Coarse(bits), activations) for bits in (None, 11, 14)}
+    samples = Samples.draw(segments[None], CPU)
+    of_tf32, finer = (samples.error_ratio(segments[bits].function()) for bits in (11, 14))
+    assert of_tf32 > 4
+    # Two products that are each off by 4e-5 of their norm.
+    assert 0.5 < finer < 4
+
+
 def test_a_candidate_that_lacks_an_operator_is_out(work: Work, builder: BundleBuilder) -> None:
     built = Chooser([Incapable(1.0), EagerBackend()], builder, CPU, 4.0).build(work)
     assert built.candidates[0].note == "relu is too much"
@@ -155,7 +192,10 @@ def test_samples_are_the_same_in_every_run_and_more_than_a_cache_holds(work: Wor
     assert [tuple(x.shape) for x in one.inputs[0]] == [(4, 16), (24, 16)]
     assert one.exact[0].dtype == torch.float64
     assert one.error_ratio(work.segment.function()) <= 1
-    assert one.error_ratio(Wrong(1.01).load(Path(), work.segment)) > 1000
+    exact = one.exact[0]
+    error = 0.01 * (exact.abs().max() / exact.pow(2).mean().sqrt()).item()
+    found = one.error_ratio(Wrong(1.01).load(Path(), work.segment))
+    assert found == pytest.approx(error / one.eager_error, rel=0.01)
     assert microseconds(work.segment.function(), one.inputs) > 0
 
 

@@ -24,8 +24,10 @@ pytestmark = [
 
 HIDDEN, WIDTH, HEAD_DIM = 256, 704, 64
 
-TOLERANCE = {torch.float32: 3e-5, torch.float16: 2e-3, torch.bfloat16: 1e-2}
-"""Relative error of a norm; TF32 would make 1e-3 of the first."""
+TOLERANCE = {torch.float32: 1e-4, torch.float16: 2e-3, torch.bfloat16: 1e-2}
+"""Relative error of a norm. In float32 it is what docs/measurements.md allows engines; products in
+TF32 would make 5e-4 of it here.
+"""
 
 
 class NormMLP(nn.Module):
@@ -103,12 +105,13 @@ def check(got: tuple[torch.Tensor, ...], segment: Segment, inputs: list[torch.Te
     """Equal to the module in float64, as far as the dtype goes."""
     wanted = segment.function().double()(*(x.double() for x in inputs))
     assert len(got) == len(wanted)
-    for ours, exact in zip(got, wanted, strict=True):
+    errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, wanted, strict=True)]
+    told = f"errors of {segment.kind} at {segment.num_rows} rows: {errors}"
+    for ours, exact, error in zip(got, wanted, errors, strict=True):
         assert ours.dtype == segment.activations[0].dtype
         assert ours.shape == exact.shape
         assert ours.is_contiguous()
-        error = (ours.double() - exact).norm() / exact.norm()
-        assert error <= TOLERANCE[ours.dtype]
+        assert error <= TOLERANCE[ours.dtype], told
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)

@@ -4,7 +4,10 @@ Everything is compared with what the same machine did in the same second. Other 
 go, so a trial that fails is repeated once.
 """
 
+import threading
+import time
 from collections.abc import Callable, Hashable, Iterator
+from typing import Self
 
 import graph_jobs
 import pytest
@@ -16,8 +19,6 @@ from runner.pipeline.batch_metrics import BatchSnapshot
 from runner.pipeline.batching_policy import BatchingPolicy
 
 LOAD_POLICY = BatchingPolicy(16, 8.0, 160)
-SLACK_S = 0.02
-"""A busy machine of two cores may wake a thread this much too late."""
 
 
 @pytest.fixture(autouse=True)
@@ -48,6 +49,29 @@ def load(heavy: Heavy) -> BatchLoad:
     return BatchLoad(LOAD_POLICY, heavy, "a", heavy.item)
 
 
+class Lateness:
+    """How late this machine wakes a thread that sleeps, while something else runs."""
+
+    def __init__(self) -> None:
+        self.worst_s = 0.0
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+    def _watch(self) -> None:
+        while not self._stop.is_set():
+            due = time.perf_counter() + 0.001
+            time.sleep(0.001)
+            self.worst_s = max(self.worst_s, time.perf_counter() - due)
+
+
 def twice(trial: Callable[[], str | None]) -> None:
     problem = trial()
     if problem:
@@ -63,10 +87,13 @@ def batches_are_large(counts: BatchSnapshot, policy: BatchingPolicy) -> str | No
     return None if is_large else f"the mean batch is {counts.mean_batch_size:.1f}: {counts}"
 
 
-def waits_are_short(counts: BatchSnapshot, policy: BatchingPolicy) -> str | None:
+def waits_are_short(
+    counts: BatchSnapshot, policy: BatchingPolicy, lateness: Lateness
+) -> str | None:
+    """Within the delay and a batch, and what the machine was late to wake a thread meanwhile."""
     assert counts.completed == counts.submitted
     assert counts.by_reason["delay"] > 0, counts
-    limit_s = policy.max_queue_delay_ms / 1000 + counts.batch_max_s + SLACK_S
+    limit_s = policy.max_queue_delay_ms / 1000 + counts.batch_max_s + lateness.worst_s
     is_prompt = counts.rejected == 0 and counts.wait_p99_s <= limit_s
     return None if is_prompt else f"p99 {counts.wait_p99_s:.4f} s > {limit_s:.4f} s: {counts}"
 
@@ -78,7 +105,14 @@ def test_at_twice_the_capacity_batches_are_large() -> None:
 
 def test_at_half_the_capacity_nobody_waits_longer_than_the_delay_and_a_batch() -> None:
     heavy = load(Heavy())
-    twice(lambda: waits_are_short(heavy.send_at(0.5 * heavy.capacities()[0], 1), LOAD_POLICY))
+
+    def trial() -> str | None:
+        rate = 0.5 * heavy.capacities()[0]
+        with Lateness() as lateness:
+            counts = heavy.send_at(rate, 1)
+        return waits_are_short(counts, LOAD_POLICY, lateness)
+
+    twice(trial)
 
 
 @pytest.mark.full
@@ -86,7 +120,10 @@ def test_a_pipeline_of_two_stages_under_load(rank_pool: RankPool) -> None:
     policy = graph_jobs.LOAD_POLICY
 
     def trial() -> str | None:
-        found = rank_pool.run(graph_jobs.under_load, [1, 1], 2.0)[0]
-        return batches_are_large(found.twice, policy) or waits_are_short(found.half, policy)
+        with Lateness() as lateness:
+            found = rank_pool.run(graph_jobs.under_load, [1, 1], 2.0)[0]
+        return batches_are_large(found.twice, policy) or waits_are_short(
+            found.half, policy, lateness
+        )
 
     twice(trial)

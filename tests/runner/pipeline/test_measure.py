@@ -12,7 +12,7 @@ import yaml
 from parallel.errors import ConfigError, PreflightError
 from parallel.graph_cut import cut_by_cost
 from parallel.graph_modules import split_points
-from parallel.graph_planner import trace_whole
+from parallel.graph_twin import trace_whole
 from runner.config.load import load
 from runner.graph_planning import GraphJob
 from runner.pipeline.measure import Measured, unit_times
