@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from parallel.errors import DoesNotFitError
 from runner.engine.kv_blocks import BlockPool
+from runner.engine.logprobs import TokenLogprobs
 from runner.engine.request import Request
 from runner.engine.sequence import FinishReason, Sequence
 
@@ -47,6 +48,7 @@ class Output:
     request_id: int
     token_id: int
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None
 
 
 @dataclass(frozen=True)
@@ -164,21 +166,28 @@ class Scheduler:
             self._publish(part.sequence)
         return step.parts
 
-    def commit(self, scheduled: list[Scheduled], token_ids: list[int]) -> list[Output]:
+    def commit(
+        self,
+        scheduled: list[Scheduled],
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs | None] | None = None,
+    ) -> list[Output]:
         """Record what a step chose; steps are committed in the order of their scheduling.
 
         Args:
             token_ids: one for each part of the step that samples, in the step's order.
+            logprobs: likewise; None: nobody asked.
         """
         outputs: list[Output] = []
         sampling = [part.sequence for part in scheduled if part.samples]
-        for sequence, token_id in zip(sampling, token_ids, strict=True):
+        logprobs = logprobs or [None] * len(token_ids)
+        for sequence, token_id, told in zip(sampling, token_ids, logprobs, strict=True):
             sequence.awaits_token = False
             if sequence.is_over:
                 continue
             sequence.token_ids.append(token_id)
             reason = sequence.finish_reason()
-            outputs.append(Output(sequence.request.request_id, token_id, reason))
+            outputs.append(Output(sequence.request.request_id, token_id, reason, told))
             if reason:
                 self._finish(sequence)
         return outputs

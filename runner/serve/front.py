@@ -63,7 +63,12 @@ class ServeFront:
         return self._state
 
     def submit(
-        self, prompt_ids: Sequence[int], options: GenerationOptions, timeout_s: float | None
+        self,
+        prompt_ids: Sequence[int],
+        options: GenerationOptions,
+        timeout_s: float | None,
+        *,
+        num_logprobs: int | None = None,
     ) -> Ticket:
         """Queue a request; called on the server's event loop.
 
@@ -73,7 +78,9 @@ class ServeFront:
         """
         with self._changed:
             self._check_open()
-            request = self._maker.make(self._num_requests, prompt_ids, options)
+            request = self._maker.make(
+                self._num_requests, prompt_ids, options, num_logprobs=num_logprobs
+            )
             assert self._scheduler is not None, "a server that is ready has begun"
             if request.max_length > self._scheduler.max_length:
                 raise ApiError(

@@ -71,10 +71,10 @@ class OpenAIRoutes:
             options = body.options()
             self._maker.check(options)
             ids = await run_in_threadpool(self._ids, prompt)
-            ticket = self._front.submit(ids, options, body.timeout)
+            ticket = self._front.submit(ids, options, body.timeout, num_logprobs=body.num_logprobs)
         except ConfigError as error:
             raise ApiError(400, str(error)) from None
-        answer = Answer(kind, self._model, ticket)
+        answer = Answer(kind, self._model, ticket, self._maker.tokenizer)
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
             events = self._until_closed(answer, include_usage=include_usage)

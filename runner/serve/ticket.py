@@ -17,11 +17,13 @@ class Piece:
     """What has been added to an answer.
 
     Attributes:
+        tokens: places of the tokens that it came of, where their probabilities were asked for.
         finish_reason: of the last piece.
         error: why there is no more; the last piece.
     """
 
     text: str = ""
+    tokens: range = range(0)
     finish_reason: str | None = None
     error: ApiError | None = None
 
@@ -46,6 +48,7 @@ class Ticket:
     arrived: float = field(default_factory=time.monotonic)
     first: float | None = None
     last: float | None = None
+    _num_told: int = 0
 
     @property
     def completion(self) -> Completion:
@@ -59,8 +62,11 @@ class Ticket:
         """Add a token; returns whether a stop string ended what the engine would go on with."""
         known = len(self.completion.text)
         stopped = self.text.take(output)
-        piece = Piece(self.completion.text[known:], self.completion.finish_reason)
+        completion = self.completion
+        tokens = range(self._num_told, len(completion.logprobs))
+        piece = Piece(completion.text[known:], tokens, completion.finish_reason)
         if piece.text or piece.is_last:
+            self._num_told = tokens.stop
             self.put(piece)
         return stopped
 
