@@ -9,6 +9,7 @@ import torch
 
 from parallel.context import ParallelContext
 from parallel.errors import ConfigError, RankLostError
+from parallel.progress import Doing
 from runner.engine.batching import lay_out
 from runner.engine.control import Control
 from runner.engine.logprobs import pack, packed_length, unpack
@@ -73,6 +74,17 @@ class Engine:
             outputs = self._finish()
         return outputs
 
+    def rest(self) -> None:
+        """A step of nothing: every rank learns that all others are there. For when there is no
+        work.
+        """
+        self.stage_runner.rest()
+        nothing = torch.zeros(1, dtype=torch.int64, device=self.context.device)
+        is_source = self.context.rank == self.exchange.source
+        read = self.exchange.send(nothing) if is_source else self.exchange.expect(1)
+        self.stage_runner.progress.enter(Doing.READING)
+        read()
+
     def drain(self) -> None:
         """Let all that is under way come to its end, whatever becomes of it."""
         while self._under_way:
@@ -106,6 +118,7 @@ class Engine:
             RankLostError: the same, to the others.
         """
         step = self._under_way.popleft()
+        self.stage_runner.progress.enter(Doing.READING)
         message, num_tokens = step.read(), len(step.sampling)
         token_ids, packed = message[:num_tokens], message[num_tokens:]
         if NOT_FINITE in token_ids:

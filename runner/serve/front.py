@@ -13,7 +13,7 @@ from runner.engine.completion import Completion, CompletionText
 from runner.engine.control import Control
 from runner.engine.request import Request
 from runner.engine.request_maker import RequestMaker
-from runner.engine.scheduler import Output, Scheduler
+from runner.engine.scheduler import Output, Scheduler, StepSummary
 from runner.serve.errors import ApiError
 from runner.serve.lifecycle import State, check_ready, queue_full
 from runner.serve.metrics import Metrics
@@ -57,6 +57,10 @@ class ServeFront:
         self._aborted: list[int] = []
         self._num_requests = 0
         self._leave_at: float | None = None
+        # Of the step that was made last.
+        self._counted: StepSummary | None = None
+        self._step_began = 0.0
+        self._answered: dict[int, Ticket] = {}
 
     @property
     def state(self) -> State:
@@ -139,6 +143,7 @@ class ServeFront:
         if self._scheduler:
             self._metrics.show(self._scheduler.load())
         with self._changed:
+            self._count_step()
             if not (self._open or self._aborted or self._leaves()):
                 self._changed.wait(_REST_S)
             self._expire()
@@ -147,7 +152,20 @@ class ServeFront:
                 return Control(leave=True)
             control = Control(self._unsent, self._aborted)
             self._unsent, self._aborted = [], []
+            self._step_began = time.monotonic()
         return control
+
+    def _count_step(self) -> None:
+        """The step that was made since `next` returned, if one was."""
+        step = self._scheduler.last_step if self._scheduler else None
+        if step is None or step is self._counted:
+            return
+        self._counted = step
+        self._metrics.step(step)
+        for request_id in step.admitted:
+            if ticket := self._open.get(request_id) or self._answered.pop(request_id, None):
+                self._metrics.queued(max(0.0, self._step_began - ticket.arrived))
+        self._answered.clear()
 
     def take(self, outputs: list[Output]) -> None:
         """Add a step's tokens to their requests."""
@@ -165,7 +183,7 @@ class ServeFront:
         if ticket.take(output):
             self._aborted.append(ticket.request_id)
         if reason := ticket.completion.finish_reason:
-            del self._open[ticket.request_id]
+            self._answered[ticket.request_id] = self._open.pop(ticket.request_id)
             self._metrics.finished(reason, ticket, now)
 
     def _check_open(self) -> None:

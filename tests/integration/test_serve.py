@@ -21,7 +21,7 @@ from servers import Server
 from runner.text.token_bytes import bytes_of
 from runner.text.tokenizer import Tokenizer
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 LONG = 3000
