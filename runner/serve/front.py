@@ -17,7 +17,7 @@ from runner.engine.scheduler import Output, Scheduler, StepSummary
 from runner.serve.errors import ApiError
 from runner.serve.lifecycle import State, check_ready, queue_full
 from runner.serve.metrics import Metrics
-from runner.serve.ticket import Piece, Ticket
+from runner.serve.ticket import Piece, Ticket, put_all
 from runner.text.generation_options import GenerationOptions
 
 _REST_S = 1.0
@@ -170,21 +170,26 @@ class ServeFront:
     def take(self, outputs: list[Output]) -> None:
         """Add a step's tokens to their requests."""
         now = time.monotonic()
+        pieces = []
         with self._changed:
             for output in outputs:
                 # A request that was cancelled meanwhile still gets what was under way.
-                if ticket := self._open.get(output.request_id):
-                    self._take(ticket, output, now)
+                ticket = self._open.get(output.request_id)
+                if ticket and (piece := self._take(ticket, output, now)):
+                    pieces.append((ticket, piece))
+            put_all(pieces)
 
-    def _take(self, ticket: Ticket, output: Output, now: float) -> None:
+    def _take(self, ticket: Ticket, output: Output, now: float) -> Piece | None:
         self._metrics.token(ticket, now)
         ticket.first = ticket.first or now
         ticket.last = now
-        if ticket.take(output):
+        piece, stopped = ticket.take(output)
+        if stopped:
             self._aborted.append(ticket.request_id)
         if reason := ticket.completion.finish_reason:
             self._answered[ticket.request_id] = self._open.pop(ticket.request_id)
             self._metrics.finished(reason, ticket, now)
+        return piece
 
     def _check_open(self) -> None:
         check_ready(self._state)

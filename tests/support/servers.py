@@ -14,7 +14,7 @@ import httpx
 from openai import OpenAI
 from processes import start_command
 
-_START_S = 150
+_START_S = 600
 
 
 @dataclass
