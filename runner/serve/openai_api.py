@@ -38,6 +38,10 @@ class OpenAIRoutes:
         ):
             self.router.add_api_route(path, answer, methods=["POST"], openapi_extra=takes(body))
 
+        self.router.add_api_route(
+            "/embeddings", self.embed, methods=["POST"], include_in_schema=False
+        )
+
     async def models(self) -> JSONResponse:
         """The one model that there is."""
         return JSONResponse({"object": "list", "data": [self._card()]})
@@ -56,6 +60,10 @@ class OpenAIRoutes:
         """Continue a chat."""
         body = parse_body(ChatRequest, await request.body())
         return await self._answer(request, body, "chat", body.content())
+
+    async def embed(self) -> Response:
+        """Say that the model cannot; none that runs here is an encoder."""
+        raise ApiError(400, f"{self._model} generates text and has no embeddings to give")
 
     async def _answer(
         self,

@@ -252,6 +252,8 @@ def test_a_model_that_raises_ends_the_job_and_names_the_stage(folder: Path) -> N
     assert failed.returncode == 8
     last = failed.stderr.splitlines()[-1]
     assert "rank 1 (stage 1, tp rank 0): IndexError while computing its stage" in last
+    assert "Traceback" in failed.stderr
+    assert "in run" in failed.stderr
     assert wait_until_gone(str(folder), timeout_s=GONE_WITHIN_S) == []
 
 

@@ -301,6 +301,9 @@ def test_what_cannot_be_answered_is_told_in_openais_shape(server: Server) -> Non
             answer = client.request(method, path)
             assert (answer.status_code, "error" in answer.json()) == (status, True)
         assert client.post("/v1/completions", content=b"x" * 20001).status_code == 413
+        answer = client.post("/v1/embeddings", json={"model": "tiny", "input": "x"})
+        assert answer.status_code == 400
+        assert "no embeddings" in answer.json()["error"]["message"]
         asked = client.post("/v1/completions", json=OK | {"model": "gpt-4"})
         assert (asked.status_code, asked.json()["error"]["code"]) == (404, "model_not_found")
     assert complete(server, "alive").choices[0].finish_reason == "length"
