@@ -10,6 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 from checkpoints import add_tokenizer, make_checkpoint
+from hang import may_hang
 from processes import processes_naming, rank_pid, wait_until_gone
 from servers import Server
 from streams import Stream, streaming
@@ -105,11 +106,7 @@ def test_an_idle_server_lives_on_and_notices_a_rank_that_stalls(model: Path, ran
 
 @pytest.fixture
 def hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
-    """Lets a rank of servers that start from here on hang in its loop, and only there."""
-    file = tmp_path / "hang"
-    monkeypatch.setenv("SHARDLINE_TEST_HANG", str(file))
-    monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parents[1] / "support" / "hanging"))
-    return lambda rank: file.with_name(f"hang{rank}").touch()
+    return may_hang(tmp_path, monkeypatch)
 
 
 def test_a_loop_that_hangs_is_no_life_whatever_its_other_threads_do(

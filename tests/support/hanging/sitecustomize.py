@@ -21,8 +21,10 @@ def _wait_for_the_file() -> None:
     while not file.exists():
         time.sleep(0.05)
     from runner.engine.stage_runner import StageRunner
+    from runner.pipeline.stage_worker import StageWorker
 
     StageRunner._forward = StageRunner.rest = hang_here  # type: ignore[assignment,method-assign]
+    StageWorker._compute = hang_here  # type: ignore[assignment,method-assign]
 
 
 if "SHARDLINE_TEST_HANG" in os.environ:
