@@ -9,6 +9,7 @@ The environment a rank is told of its place by is read and written in this file 
 
 import contextlib
 import ctypes
+import faulthandler
 import json
 import os
 import selectors
@@ -19,16 +20,19 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
+from functools import partial
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import ConfigError, RankLostError, ShardlineError, StalledError
+from parallel.progress import Doing, ProgressBoard
 
 if TYPE_CHECKING:
     from torch.distributed import Store  # type: ignore[attr-defined]
 
 _LISTEN_FD = "SHARDLINE_LISTEN_FD"
 _REPORT_FD = "SHARDLINE_REPORT_FD"
+_PROGRESS_FD = "SHARDLINE_PROGRESS_FD"
 _PARENT_PID = "SHARDLINE_PARENT_PID"
 
 _PR_SET_PDEATHSIG = 1
@@ -38,6 +42,11 @@ first heard of.
 """
 _TERMINATE_S = 2.0
 """How long ranks may take to go after SIGTERM, before SIGKILL."""
+
+_STACK_SIGNAL = signal.SIGUSR1
+"""Lets a rank write the stacks of its threads to its standard error."""
+_STACK_S = 0.5
+"""How long a rank that hangs has to do so."""
 
 _Handlers = dict[signal.Signals, Any]
 """What `signal.getsignal` says of each."""
@@ -50,12 +59,14 @@ class RankEnv:
     Attributes:
         listen_fd: rank 0 of our own launcher: a listening socket for the rendezvous.
         report_fd: our own launcher: where a failure is reported.
+        progress_fd: our own launcher: memory of the job's `ProgressBoard`.
     """
 
     rank: int
     world_size: int
     listen_fd: int | None = None
     report_fd: int | None = None
+    progress_fd: int | None = None
 
     def store(self, timeout: timedelta) -> "Store":
         """The rendezvous that all ranks meet at."""
@@ -83,17 +94,35 @@ class Failure:
     Attributes:
         exit_code: what the job is to end with.
         secondary: the rank only lost its peers; another one failed first.
+        is_sudden: the rank could not say what it was at.
     """
 
     message: str
     exit_code: int
     secondary: bool = False
+    is_sudden: bool = False
+
+
+@dataclass(frozen=True)
+class _Named:
+    """A rank for messages: its name, and what it was last at."""
+
+    name: str
+    doing: Doing
+
+    @property
+    def occupation(self) -> str:
+        return "" if self.doing is Doing.STARTING else f" while {self.doing.words}"
+
+    def __str__(self) -> str:
+        return f"{self.name}{self.occupation}"
 
 
 def adopt() -> RankEnv | None:
     """This process's place in a job, if torchrun or our launcher started it as a rank.
 
-    A rank of our launcher asks the kernel to kill it when the launcher dies.
+    A rank of our launcher asks the kernel to kill it when the launcher dies, and shows its stacks
+    when it is asked to.
 
     Raises:
         ConfigError: RANK or WORLD_SIZE is not a number.
@@ -110,9 +139,15 @@ def adopt() -> RankEnv | None:
     if _PARENT_PID not in os.environ:
         return RankEnv(rank, world_size)
     die_with_parent(int(os.environ[_PARENT_PID]))
+    faulthandler.register(_STACK_SIGNAL, file=2)
     listen_fd = os.environ.get(_LISTEN_FD)
-    report_fd = int(os.environ[_REPORT_FD])
-    return RankEnv(rank, world_size, int(listen_fd) if listen_fd else None, report_fd)
+    return RankEnv(
+        rank,
+        world_size,
+        int(listen_fd) if listen_fd else None,
+        report_fd=int(os.environ[_REPORT_FD]),
+        progress_fd=int(os.environ[_PROGRESS_FD]),
+    )
 
 
 def report(env: RankEnv, failure: Failure) -> None:
@@ -147,13 +182,20 @@ def run_ranks(
     with signals_raise(), socket.socket() as listener, contextlib.ExitStack() as stack:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
+        progress_fd = ProgressBoard.anonymous_fd(world_size)
+        stack.callback(os.close, progress_fd)
         ranks: list[_Rank] = []
         stack.callback(_stop, ranks)
         for rank in range(world_size):
-            ranks.append(_Rank.start(command, rank, world_size, listener, environment))
+            ranks.append(_Rank.start(command, rank, world_size, listener, progress_fd, environment))
         if drains:
             stack.enter_context(first_signal_calls(ranks[0].process.terminate))
-        _watch(ranks, describe)
+        board = ProgressBoard(progress_fd, world_size)
+        _watch(ranks, partial(_describe, describe=describe, board=board))
+
+
+def _describe(rank: int, *, describe: Callable[[int], str], board: ProgressBoard) -> _Named:
+    return _Named(describe(rank), board.read(rank).doing)
 
 
 class Interrupted(BaseException):
@@ -180,14 +222,19 @@ class _Rank:
         rank: int,
         world_size: int,
         listener: socket.socket,
+        progress_fd: int,
         environment: Mapping[str, str],
     ) -> "_Rank":
         reports, report_fd = os.pipe()
-        fds = (report_fd, listener.fileno()) if rank == 0 else (report_fd,)
+        fds = [report_fd, progress_fd, *([listener.fileno()] if rank == 0 else [])]
         try:
             process = subprocess.Popen(
                 command,
-                env={**_environment(rank, world_size, listener, report_fd), **environment},
+                env={
+                    **_environment(rank, world_size, listener, report_fd),
+                    _PROGRESS_FD: str(progress_fd),
+                    **environment,
+                },
                 pass_fds=fds,
                 start_new_session=True,  # a Ctrl-C reaches the launcher alone
                 stdin=subprocess.DEVNULL,
@@ -205,9 +252,11 @@ class _Rank:
             # NCCL's watchdog aborts a rank whose peers do not answer.
             return Failure("killed by SIGABRT", RankLostError.exit_code, secondary=True)
         if code < 0:
-            return Failure(f"killed by {signal.Signals(-code).name}", RankLostError.exit_code)
+            how = f"killed by {signal.Signals(-code).name}"
+            return Failure(how, RankLostError.exit_code, is_sudden=True)
         if code > 0:
-            return Failure(f"ended with exit code {code}", RankLostError.exit_code)
+            how = f"ended with exit code {code}"
+            return Failure(how, RankLostError.exit_code, is_sudden=True)
         return None
 
 
@@ -238,7 +287,7 @@ def _environment(
     return {**defaults, **os.environ, **chosen}
 
 
-def _watch(ranks: Sequence[_Rank], describe: Callable[[int], str]) -> None:
+def _watch(ranks: Sequence[_Rank], name: Callable[[int], "_Named"]) -> None:
     """Wait for every rank; raise for the first one that failed."""
     failures: list[tuple[_Rank, Failure]] = []
     with selectors.DefaultSelector() as selector:
@@ -255,21 +304,36 @@ def _watch(ranks: Sequence[_Rank], describe: Callable[[int], str]) -> None:
             if not events or (deadline is not None and time.monotonic() > deadline):
                 break
     if failures:
-        raise _job_error(failures, [r for r in ranks if r.process.poll() is None], describe)
+        raise _job_error(failures, [r for r in ranks if r.process.poll() is None], name)
 
 
 def _job_error(
     failures: Sequence[tuple[_Rank, Failure]],
     silent: Sequence[_Rank],
-    describe: Callable[[int], str],
+    name: Callable[[int], "_Named"],
 ) -> ShardlineError:
-    """Blame the first that failed of itself; where all waited in vain, those that are silent."""
+    """Blame the first that failed of itself; where all waited in vain, those that are silent, which
+    are made to show their stacks.
+    """
     rank, failure = min(failures, key=lambda pair: pair[1].secondary)
-    message = f"{describe(rank.rank)}: {failure.message}"
+    blamed = name(rank.rank)
+    message = f"{blamed.name}: {failure.message}"
     if failure.secondary and silent:
-        names = ", ".join(describe(other.rank) for other in silent)
+        names = ", ".join(str(name(other.rank)) for other in silent)
+        _show_stacks(silent)
         return _JobError(f"{message}; no sign of life from {names}", StalledError.exit_code)
+    if failure.is_sudden:
+        message = f"{blamed.name}: {failure.message}{blamed.occupation}"
     return _JobError(message, failure.exit_code)
+
+
+def _show_stacks(ranks: Sequence[_Rank]) -> None:
+    """Let ranks that hang say where; those that were stopped go on for that."""
+    for rank in ranks:
+        with contextlib.suppress(ProcessLookupError):
+            rank.process.send_signal(_STACK_SIGNAL)
+            rank.process.send_signal(signal.SIGCONT)
+    time.sleep(_STACK_S)
 
 
 def _ended(events: Any, selector: selectors.BaseSelector) -> Iterator[_Rank]:

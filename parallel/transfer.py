@@ -25,6 +25,8 @@ class CarryTransfer:
         self._group = context.world.process_group
         self._annotate = context.annotate
         incoming = plan.stages[stage - 1].carries if stage else ()
+        self._outgoing = plan.stages[stage].carries if self._targets else ()
+        self._device = context.device
         self._buffers = [
             torch.empty(
                 [plan.max_num_batched_tokens if s == "num_tokens" else int(s) for s in carry.shape],
@@ -63,6 +65,19 @@ class CarryTransfer:
                     work = dist.isend(tensor, dst=target, group=self._group)
                     if work is not None:
                         self._in_flight.append((work, tensor))
+
+    def pass_nothing(self) -> None:
+        """A row that means nothing, from the stage before and to the next: the links are there."""
+        self.receive(1)
+        empty = [
+            torch.zeros(
+                [1 if s == "num_tokens" else int(s) for s in carry.shape],
+                dtype=getattr(torch, carry.dtype),
+                device=self._device,
+            )
+            for carry in self._outgoing
+        ]
+        self.send(empty)
 
     def drain(self) -> None:
         """Wait for what was sent."""

@@ -3,8 +3,10 @@ its failures which rank it was. What it does then is the business of the engine,
 compiler.
 """
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 from parallel.annotate import Annotate, for_nsight, for_torch, unnamed
 from parallel.collectives import broadcast_bytes
@@ -12,6 +14,7 @@ from parallel.context import ParallelContext
 from parallel.errors import ConfigError, OutputClosedError, ShardlineError
 from parallel.faults import as_rank_error
 from parallel.launch import RankEnv
+from parallel.progress import Doing, ProgressBoard, ProgressWriter
 from runner.job import Job
 
 _COLLECTIVE_TIMEOUT_S = {"cuda": 30.0, "cpu": 600.0}
@@ -19,10 +22,27 @@ _COLLECTIVE_TIMEOUT_S = {"cuda": 30.0, "cpu": 600.0}
 
 
 class Phase:
-    """What a rank is doing, for the message if it fails."""
+    """What a rank is doing, for the message if it fails, and for those who watch.
 
-    def __init__(self) -> None:
+    Attributes:
+        board: what all ranks are at.
+        progress: where this rank says it.
+    """
+
+    def __init__(self, env: RankEnv) -> None:
         self.name = "starting"
+        self._rank = env.rank
+        self.sees(_board_of(env))
+
+    def __str__(self) -> str:
+        """Once it steps, what its loop is at."""
+        doing = self.progress.doing
+        return doing.words if doing.has_begun else self.name
+
+    def sees(self, board: ProgressBoard) -> None:
+        """From now on this board has what all ranks are at."""
+        self.board = board
+        self.progress: ProgressWriter = board.writer(self._rank)
 
 
 @contextmanager
@@ -33,7 +53,7 @@ def as_rank(job: Job, env: RankEnv) -> Iterator[Phase]:
         ShardlineError: a cause that the user can mend.
         RankLostError: anything else.
     """
-    phase = Phase()
+    phase = Phase(env)
     try:
         yield phase
     except Exception as error:
@@ -53,10 +73,35 @@ def join(
             start may take.
     """
     phase.name = "joining the other ranks"
+    phase.progress.enter(Doing.JOINING)
     context = _open_context(job, env, setup_timeout_s)
     phase.name = "comparing plans"
     _check_same_plan(job, context)
+    if env.progress_fd is None and env.world_size > 1:
+        phase.sees(_shared_board(env, context))
     return context
+
+
+def _board_of(env: RankEnv) -> ProgressBoard:
+    """The launcher's; without one this rank's own, until `join`."""
+    if env.progress_fd is not None:
+        return ProgressBoard(env.progress_fd, env.world_size)
+    return ProgressBoard.alone(env.world_size)
+
+
+def _shared_board(env: RankEnv, context: ParallelContext) -> ProgressBoard:
+    """One that rank 0 makes, where the launcher is torchrun."""
+    # Rank 0 keeps the descriptor, by which the others find the memory.
+    fd = ProgressBoard.anonymous_fd(env.world_size) if env.rank == 0 else None
+    told = None if fd is None else f"/proc/{os.getpid()}/fd/{fd}".encode()
+    path = broadcast_bytes(told, 0, context.setup)
+    return ProgressBoard.at(Path(path.decode()), env.world_size)
+
+
+def patience_s(job: Job) -> float:
+    """How long a rank may take over one thing before it counts as stalled."""
+    timeout_s = job.config.distributed.collective_timeout_s
+    return timeout_s or _COLLECTIVE_TIMEOUT_S[job.device_type]
 
 
 def annotation(job: Job) -> Annotate:
@@ -73,20 +118,18 @@ def _as_ours(error: Exception, phase: Phase) -> ShardlineError:
         return error
     if isinstance(error, BrokenPipeError):
         return OutputClosedError("standard output was closed before the text was complete")
-    return as_rank_error(error, phase.name)
+    return as_rank_error(error, str(phase))
 
 
 def _open_context(job: Job, env: RankEnv, setup_timeout_s: float | None) -> ParallelContext:
     device_type = job.device_type
-    distributed = job.config.distributed
-    timeout_s = distributed.collective_timeout_s or _COLLECTIVE_TIMEOUT_S[device_type]
     return ParallelContext.open(
         job.plan.topology,
         env,
         device_type=device_type,
-        init_timeout_s=setup_timeout_s or distributed.init_timeout_s,
-        collective_timeout_s=timeout_s,
-        all_reduce=distributed.all_reduce,
+        init_timeout_s=setup_timeout_s or job.config.distributed.init_timeout_s,
+        collective_timeout_s=patience_s(job),
+        all_reduce=job.config.distributed.all_reduce,
     )
 
 

@@ -33,6 +33,8 @@ from runner.importer import import_gguf  # noqa: E402
 CONCURRENCY = 16
 NUM_PROMPTS = 40
 SAMPLE_S = 1.0
+PATIENCE_S = 300
+"""How long a client waits for its answer: a soak asks for no speed."""
 MAX_GROWTH = 0.02
 """Share of its memory after the first tenth of the time by which a process may grow."""
 
@@ -110,7 +112,7 @@ def memory(samples: list[int]) -> dict[str, float]:
 
 def soak(server: Server, model: str, seconds: float) -> dict[str, Any]:
     """All that was found out."""
-    clients = Clients(server.client(), model)
+    clients = Clients(server.client(timeout_s=PATIENCE_S), model)
     until = time.monotonic() + seconds
     with ThreadPoolExecutor(CONCURRENCY) as pool:
         running = [pool.submit(clients.run, seed, until) for seed in range(CONCURRENCY)]

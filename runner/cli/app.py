@@ -62,7 +62,7 @@ app.add_typer(bench, name="bench")
 
 def main() -> None:
     """Run the command; ends with an exit code of the README's table, and a traceback only if
-    asked.
+    asked, or where a rank met what nobody foresaw.
     """
     # Text that the terminal cannot show must not end a job.
     sys.stdout.reconfigure(errors="replace")  # type: ignore[union-attr]
@@ -82,7 +82,8 @@ def main() -> None:
 
 def _end(env: RankEnv | None, error: ShardlineError) -> None:
     """Tell the launcher, or the user where there is none."""
-    if "SHARDLINE_DEBUG" in os.environ:
+    is_unforeseen = isinstance(error, RankLostError) and not error.peer
+    if "SHARDLINE_DEBUG" in os.environ or (is_unforeseen and error.__cause__):
         traceback.print_exc()
     if env and env.report_fd is not None:
         peer = isinstance(error, RankLostError) and error.peer

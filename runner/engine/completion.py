@@ -9,11 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from runner.engine.control import Control
+from runner.engine.logprobs import TokenLogprobs
 from runner.engine.request import Request
 from runner.engine.scheduler import Output, Scheduler
 from runner.engine.sequence import FinishReason
 from runner.text.detokenizer import IncrementalDetokenizer
 from runner.text.stop import StopStrings
+from runner.text.token_bytes import bytes_of
 from runner.text.tokenizer import Tokenizer
 
 
@@ -25,6 +27,8 @@ class Completion:
         prompt: as it was given: a text, or the messages of a chat.
         token_ids: generated ids alone, a stop token included.
         finish_reason: None while it goes on.
+        logprobs: of every generated token, if they were asked for.
+        offsets: where each of these tokens begins in the text, were there no stop strings.
     """
 
     prompt: str | Sequence[Mapping[str, Any]]
@@ -32,6 +36,8 @@ class Completion:
     text: str = ""
     token_ids: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
+    logprobs: list[TokenLogprobs] = field(default_factory=list)
+    offsets: list[int] = field(default_factory=list)
 
 
 class CompletionText:
@@ -49,12 +55,18 @@ class CompletionText:
             tokenizer, prompt_ids=completion.request.prompt_ids
         )
         self._stops = StopStrings(stops)
+        self._tokenizer = tokenizer
+        self._num_characters = 0
 
     def take(self, output: Output) -> bool:
         """Add a token; returns whether a stop string ended what the engine would go on with."""
         completion = self.completion
         completion.token_ids.append(output.token_id)
         text = self._detokenizer.push(output.token_id)
+        self._num_characters += len(text)
+        if output.logprobs:
+            completion.logprobs.append(output.logprobs)
+            completion.offsets.append(self._num_characters - self._own_length(output, text))
         if output.finish_reason:
             text += self._detokenizer.flush()
         text, stopped = self._stops.push(text)
@@ -63,6 +75,13 @@ class CompletionText:
         completion.text += text
         completion.finish_reason = "stop" if stopped else output.finish_reason
         return stopped and not output.finish_reason
+
+    def _own_length(self, output: Output, added: str) -> int:
+        """How much of the text that a token added is its own: what the tokens before it had held
+        back, half a character, is not.
+        """
+        own = bytes_of(self._tokenizer, output.token_id).decode(errors="replace")
+        return len(own) if added.endswith(own) else len(added)
 
 
 class BatchFront:

@@ -5,13 +5,18 @@ reading.
 from collections import deque
 from dataclasses import dataclass, field
 
+import torch
+
 from parallel.context import ParallelContext
 from parallel.errors import ConfigError, RankLostError
+from parallel.progress import Doing
 from runner.engine.batching import lay_out
 from runner.engine.control import Control
+from runner.engine.logprobs import pack, packed_length, unpack
 from runner.engine.sampler import NOT_FINITE, sample
 from runner.engine.scheduler import Output, Scheduled, Scheduler
-from runner.engine.stage_runner import StageRunner
+from runner.engine.sequence import Sequence
+from runner.engine.stage_runner import StageRunner, StepOutput
 from runner.engine.token_exchange import Read, TokenExchange
 
 
@@ -20,6 +25,7 @@ class _UnderWay:
     """A step whose tokens have not been read."""
 
     scheduled: list[Scheduled]
+    sampling: list[Sequence]
     read: Read
 
 
@@ -68,6 +74,17 @@ class Engine:
             outputs = self._finish()
         return outputs
 
+    def rest(self) -> None:
+        """A step of nothing: every rank learns that all others are there. For when there is no
+        work.
+        """
+        self.stage_runner.rest()
+        nothing = torch.zeros(1, dtype=torch.int64, device=self.context.device)
+        is_source = self.context.rank == self.exchange.source
+        read = self.exchange.send(nothing) if is_source else self.exchange.expect(1)
+        self.stage_runner.progress.enter(Doing.READING)
+        read()
+
     def drain(self) -> None:
         """Let all that is under way come to its end, whatever becomes of it."""
         while self._under_way:
@@ -88,10 +105,10 @@ class Engine:
                 read: Read = list
             elif self.context.rank == self.exchange.source:
                 assert output is not None, "it is of the last stage"
-                read = self.exchange.send(sample(output.logits, output.greedy, sequences))
+                read = self.exchange.send(_chosen(output, sequences))
             else:
-                read = self.exchange.expect(len(sequences))
-        self._under_way.append(_UnderWay(scheduled, read))
+                read = self.exchange.expect(len(sequences) + packed_length(sequences))
+        self._under_way.append(_UnderWay(scheduled, sequences, read))
 
     def _finish(self) -> list[Output]:
         """Read and commit the oldest step.
@@ -101,7 +118,9 @@ class Engine:
             RankLostError: the same, to the others.
         """
         step = self._under_way.popleft()
-        token_ids = step.read()
+        self.stage_runner.progress.enter(Doing.READING)
+        message, num_tokens = step.read(), len(step.sampling)
+        token_ids, packed = message[:num_tokens], message[num_tokens:]
         if NOT_FINITE in token_ids:
             if self.context.rank != self.exchange.source:
                 raise RankLostError(
@@ -112,4 +131,13 @@ class Engine:
                 f"the model's logits are not finite numbers in {dtype}; "
                 "use --dtype bfloat16 or float32, or copy the weights again"
             )
-        return self.scheduler.commit(step.scheduled, token_ids)
+        logprobs = unpack(packed, step.sampling) if packed else None
+        return self.scheduler.commit(step.scheduled, token_ids, logprobs)
+
+
+def _chosen(output: StepOutput, sequences: list[Sequence]) -> torch.Tensor:
+    """The next token of each sequence; behind them their probabilities, if any asks for them."""
+    chosen = sample(output.logits, output.greedy, sequences)
+    if not packed_length(sequences):
+        return chosen
+    return torch.cat([chosen, pack(output.logits, chosen, sequences)])

@@ -1,12 +1,14 @@
 """The life of a rank: join the others, load, step until rank 0 says to leave."""
 
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from parallel.annotate import for_torch
 from parallel.announcements import Announcements
 from parallel.launch import RankEnv
-from runner.compiler.counter import compilations, watch_triton
+from parallel.progress import Doing, ProgressBoard
+from runner.compiler.counter import compilations, count_compilations, watch_triton
 from runner.engine.control import Control
 from runner.engine.engine import Engine
 from runner.engine.kv_blocks import BlockPool
@@ -43,13 +45,20 @@ class Front(Protocol):
 
 
 def run_rank(
-    job: DecoderJob, env: RankEnv, front: Front | None, profile: StepProfile | None = None
+    job: DecoderJob,
+    env: RankEnv,
+    front: Front | None,
+    profile: StepProfile | None = None,
+    *,
+    show: Callable[[ProgressBoard], None] = lambda _: None,
 ) -> None:
     """Run this process's rank to the end.
 
     Args:
         front: on rank 0 the source of requests; None elsewhere.
         profile: records some of the steps, with names.
+        show: gets what all ranks are at; twice, for under torchrun they share it once they have
+            met.
 
     Raises:
         ShardlineError: see `as_rank`.
@@ -57,7 +66,10 @@ def run_rank(
     with as_rank(job, env) as phase:
         rebuilds = job.on_mismatch == "rebuild"
         patience_s = job.config.distributed.build_timeout_s if rebuilds else None
+        show(phase.board)
         context = join(job, env, phase, setup_timeout_s=patience_s)
+        show(phase.board)
+        phase.progress.enter(Doing.LOADING)
         context = context.annotated(for_torch if profile else annotation(job))
         if context.device.type == "cuda":
             watch_triton()
@@ -65,6 +77,8 @@ def run_rank(
         check_weights_fit(job.plan, context, job.config.kv_cache.gpu_memory_utilization)
         stage_runner = load_stage(job, context)
         stage_runner.annotate_segments()
+        stage_runner.progress = phase.progress
+        phase.progress.enter(Doing.PREPARING)
         phase.name = "allocating the KV cache"
         engine = make_engine(job, stage_runner, front)
         phase.name = "generating"
@@ -80,11 +94,15 @@ def loop(engine: Engine, front: Front | None, profile: StepProfile | None = None
         front.begin(engine.scheduler)
     num_behind = engine.context.topology.last_stage
     announcements = Announcements(0, engine.context.world, most_unread=num_behind)
+    progress = engine.stage_runner.progress
     while True:
+        progress.enter(Doing.AWAITING)
         message = front.next().encode() if front else None
         control = Control.decode(announcements.exchange(message))
         if control.leave:
             break
+        if not engine.has_work:
+            progress.begin_work()
         engine.admit(control)
         if profile and control.added:
             profile.begin_round()
@@ -95,6 +113,9 @@ def loop(engine: Engine, front: Front | None, profile: StepProfile | None = None
                 profile.end_step()
             if front:
                 front.take(outputs)
+            progress.end_step(engine.stage_runner.busy.seconds_so_far(), count_compilations())
+        else:
+            engine.rest()
     engine.drain()
     announcements.drain()
 

@@ -50,6 +50,8 @@ class Request:
         prompt_ids: at least one token id.
         max_tokens: most tokens to generate.
         stop_token_ids: a token that ends the completion, itself included in it.
+        num_logprobs: of how many of the likeliest tokens the probabilities are wanted, beside that
+            of the chosen one; None: of none at all.
     """
 
     request_id: int
@@ -57,6 +59,7 @@ class Request:
     max_tokens: int
     sampling: SamplingParams = field(default_factory=SamplingParams)
     stop_token_ids: frozenset[int] = field(default_factory=frozenset)
+    num_logprobs: int | None = None
 
     @property
     def max_length(self) -> int:
@@ -74,6 +77,7 @@ class Request:
             max_tokens=values["max_tokens"],
             sampling=SamplingParams(**values["sampling"]),
             stop_token_ids=frozenset(values["stop_token_ids"]),
+            num_logprobs=values["num_logprobs"],
         )
 
 

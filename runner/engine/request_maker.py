@@ -66,12 +66,16 @@ class RequestMaker:
         options: GenerationOptions,
         *,
         name: str = "the prompt",
+        num_logprobs: int | None = None,
     ) -> Request:
         """A request for a prompt; see `make_request` for what it raises.
 
         Args:
             options: what they do not say, the model's folder does; a seed of its own.
+            num_logprobs: see `Request`; fewer where the model has fewer tokens.
         """
+        if num_logprobs is not None:
+            num_logprobs = min(num_logprobs, self._vocab_size)
         return make_request(
             request_id,
             prompt_ids,
@@ -81,6 +85,7 @@ class RequestMaker:
             max_tokens=self.max_tokens(options),
             sampling=self._sampling(options),
             stop_token_ids=self._defaults.stop_token_ids,
+            num_logprobs=num_logprobs,
         )
 
     def _sampling(self, options: GenerationOptions) -> SamplingParams:
@@ -107,6 +112,7 @@ def make_request(
     max_tokens: int,
     sampling: SamplingParams,
     stop_token_ids: frozenset[int],
+    num_logprobs: int | None = None,
 ) -> Request:
     """A request that the model can run.
 
@@ -132,4 +138,4 @@ def make_request(
             "ids; tokenizer.json does not belong to this model"
         )
     length = min(max_tokens, room)
-    return Request(request_id, tuple(prompt_ids), length, sampling, stop_token_ids)
+    return Request(request_id, tuple(prompt_ids), length, sampling, stop_token_ids, num_logprobs)

@@ -12,9 +12,11 @@ into as many groups as there are stages.
 
 from collections import deque
 from dataclasses import dataclass, field
+from typing import Literal
 
 from parallel.errors import DoesNotFitError
 from runner.engine.kv_blocks import BlockPool
+from runner.engine.logprobs import TokenLogprobs
 from runner.engine.request import Request
 from runner.engine.sequence import FinishReason, Sequence
 
@@ -47,6 +49,27 @@ class Output:
     request_id: int
     token_id: int
     finish_reason: FinishReason | None
+    logprobs: TokenLogprobs | None = None
+
+
+Cut = Literal["all", "group", "tokens", "sequences", "blocks"]
+"""Why a step has no more: there was no more to do, the rest is for the other stages' steps, it has
+`max_num_batched_tokens`, `max_num_seqs` run, or the KV cache is full.
+"""
+
+
+@dataclass(frozen=True)
+class StepSummary:
+    """What the last step was made of.
+
+    Attributes:
+        admitted: ids of the requests whose first step it is.
+    """
+
+    num_sequences: int
+    num_tokens: int
+    cut: Cut
+    admitted: tuple[int, ...]
 
 
 @dataclass(frozen=True)
@@ -74,6 +97,8 @@ class _Step:
 
     budget: int
     parts: list[Scheduled] = field(default_factory=list)
+    admitted: list[int] = field(default_factory=list)
+    cut: Cut = "all"
 
     def put(self, sequence: Sequence) -> None:
         part = Scheduled.of(sequence, min(sequence.num_pending, self.budget))
@@ -109,6 +134,7 @@ class Scheduler:
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._num_preempted = self._prompt_tokens = self._cached_tokens = 0
+        self.last_step: StepSummary | None = None
 
     @property
     def max_length(self) -> int:
@@ -158,27 +184,49 @@ class Scheduler:
         step = _Step(self._max_num_batched_tokens)
         if self._put_running(step):
             self._put_waiting(step)
+        else:
+            step.cut = "blocks"
+        self.last_step = self._summary(step) if step.parts else None
         for part in step.parts:
             part.sequence.num_computed += part.num_tokens
             part.sequence.awaits_token = part.samples
             self._publish(part.sequence)
         return step.parts
 
-    def commit(self, scheduled: list[Scheduled], token_ids: list[int]) -> list[Output]:
+    def _summary(self, step: _Step) -> StepSummary:
+        num_tokens = self._max_num_batched_tokens - step.budget
+        is_cut = not step.budget and self._has_more(step)
+        cut: Cut = "tokens" if is_cut else step.cut
+        return StepSummary(len(step.parts), num_tokens, cut, tuple(step.admitted))
+
+    def _has_more(self, step: _Step) -> bool:
+        """Whether a step that is full leaves something to do."""
+        last = step.parts[-1]
+        is_whole = last.num_tokens == last.sequence.num_pending
+        return bool(self._waiting) or not is_whole or step.cut == "group"
+
+    def commit(
+        self,
+        scheduled: list[Scheduled],
+        token_ids: list[int],
+        logprobs: list[TokenLogprobs | None] | None = None,
+    ) -> list[Output]:
         """Record what a step chose; steps are committed in the order of their scheduling.
 
         Args:
             token_ids: one for each part of the step that samples, in the step's order.
+            logprobs: likewise; None: nobody asked.
         """
         outputs: list[Output] = []
         sampling = [part.sequence for part in scheduled if part.samples]
-        for sequence, token_id in zip(sampling, token_ids, strict=True):
+        logprobs = logprobs or [None] * len(token_ids)
+        for sequence, token_id, told in zip(sampling, token_ids, logprobs, strict=True):
             sequence.awaits_token = False
             if sequence.is_over:
                 continue
             sequence.token_ids.append(token_id)
             reason = sequence.finish_reason()
-            outputs.append(Output(sequence.request.request_id, token_id, reason))
+            outputs.append(Output(sequence.request.request_id, token_id, reason, told))
             if reason:
                 self._finish(sequence)
         return outputs
@@ -198,20 +246,31 @@ class Scheduler:
             if not sequence.awaits_token and self._grow(sequence):
                 step.put(sequence)
                 num_sampling += step.parts[-1].samples
+        if any(not sequence.awaits_token for sequence in self._running[index:]):
+            step.cut = "group"
         return len(self._running) == num_running
 
     def _put_waiting(self, step: _Step) -> None:
         """Admit those that came first."""
         num_known = len(self._running) + len(self._waiting)
         most = self._share(min(num_known, self._max_num_seqs))
-        while step.budget and len(step.parts) < most and len(self._running) < self._max_num_seqs:
-            # One that gave way may have a token under way.
-            if not self._waiting or self._waiting[0].awaits_token:
+        while step.budget and self._waiting:
+            first = self._waiting[0]
+            if len(self._running) == self._max_num_seqs:
+                step.cut = "sequences"
                 return
-            if not self._admit(self._waiting[0]):
+            # One that gave way may have a token under way.
+            if len(step.parts) >= most or first.awaits_token:
+                step.cut = "group"
+                return
+            if not self._admit(first):
+                step.cut = "blocks"
                 return
             self._running.append(self._waiting.popleft())
-            step.put(self._running[-1])
+            step.put(first)
+            if not first.was_admitted:
+                step.admitted.append(first.request.request_id)
+            first.was_admitted = True
 
     def _share(self, num_seqs: int) -> int:
         """How many of so many sequences make a group."""

@@ -22,6 +22,7 @@ class Sequence:
         rope_variant: which rotary frequencies its cached keys have.
         awaits_token: a step that will choose its next token is under way.
         is_over: complete or aborted.
+        was_admitted: it has run, even if it waits again.
     """
 
     request: Request
@@ -32,6 +33,7 @@ class Sequence:
     rope_variant: int = 0
     awaits_token: bool = False
     is_over: bool = False
+    was_admitted: bool = False
     _keys: list[bytes] = field(default_factory=list)
 
     @classmethod

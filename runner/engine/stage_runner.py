@@ -7,7 +7,10 @@ from functools import partial
 import torch
 
 from parallel.annotate import unnamed
+from parallel.busy_clock import HostClock, StreamClock, clock_of
+from parallel.collectives import all_reduce
 from parallel.context import ParallelContext
+from parallel.progress import Doing, ProgressBoard, ProgressWriter
 from parallel.transfer import CarryTransfer
 from runner.engine.batching import Padding, StepInputs
 from runner.engine.cuda_graphs import DecodeGraphs
@@ -36,6 +39,8 @@ class StageRunner:
 
     Attributes:
         execute: runs the stage's parts in compiled form; None: by PyTorch.
+        progress: where this rank says what it is at.
+        busy: how long it has computed.
         num_blocks, block_size: of the KV cache, without the block for padding. Set by `allocate`.
         padding: how steps are filled up; None: not at all. Set by `allocate`.
     """
@@ -50,7 +55,12 @@ class StageRunner:
     num_blocks: int = 0
     block_size: int = 0
     padding: Padding | None = None
+    progress: ProgressWriter = field(default_factory=lambda: ProgressBoard.alone().writer(0))
+    busy: HostClock | StreamClock = field(init=False)
     _graphs: DecodeGraphs | None = None
+
+    def __post_init__(self) -> None:
+        self.busy = clock_of(self.context.device)
 
     def annotate_segments(self) -> None:
         """Let every segment run under its name, where a profiler is to see names."""
@@ -106,8 +116,11 @@ class StageRunner:
         """
         carry = None
         if not self.context.is_first_stage:
+            self.progress.enter(Doing.RECEIVING)
             carry = self.transfer.receive(inputs.num_rows)[0]
-        with self.context.annotate("stage", (self.context.coordinate.stage,)):
+        self.progress.enter(Doing.COMPUTING)
+        name = "stage", (self.context.coordinate.stage,)
+        with self.context.annotate(*name), self.busy.running():
             if self._graphs and inputs.is_decode and inputs.num_seqs in self._graphs:
                 # It writes where the carry of the step before lies.
                 self.transfer.drain()
@@ -117,8 +130,18 @@ class StageRunner:
         if self.context.is_last_stage:
             logits, greedy = (x[: inputs.num_samples] for x in outputs)
             return StepOutput(logits, greedy)
+        self.progress.enter(Doing.SENDING)
         self.transfer.send(outputs)
         return None
+
+    def rest(self) -> None:
+        """An empty step, through every link and group of the stage; returns when it is over."""
+        self.progress.enter(Doing.RECEIVING)
+        self.transfer.pass_nothing()
+        self.progress.enter(Doing.COMPUTING)
+        here = torch.ones(1, device=self.context.device)
+        num_here = all_reduce(here, self.context.tp).item()
+        assert num_here == self.context.tp.size, "every rank of the stage adds one"
 
     def _forward(self, batch: Batch, carry: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
         output: torch.Tensor = self.stage(batch, self.caches, carry, self.execute)

@@ -13,7 +13,7 @@ from parallel.collectives import broadcast
 from parallel.context import ParallelContext
 
 Read = Callable[[], list[int]]
-"""Waits for a step's tokens."""
+"""Waits for a step's tokens, and what is sent behind them."""
 
 
 class TokenExchange:
@@ -35,7 +35,7 @@ class TokenExchange:
         """Begin to send tokens; on `source`.
 
         Args:
-            chosen: (num_samples,) int64, which the next step may overwrite.
+            chosen: (n,) int64, which the next step may overwrite.
         """
         if self._group is None:
             return _to_host(chosen)
@@ -49,12 +49,12 @@ class TokenExchange:
 
         return read_when_sent
 
-    def expect(self, num_samples: int) -> Read:
-        """The next tokens that are sent; on the other ranks."""
+    def expect(self, count: int) -> Read:
+        """The next numbers that are sent, so many; on the other ranks."""
 
         def receive() -> list[int]:
             with torch.cuda.stream(self._stream):
-                tokens = torch.empty(num_samples, dtype=torch.int64, device=self._device)
+                tokens = torch.empty(count, dtype=torch.int64, device=self._device)
                 dist.broadcast(tokens, self.source, group=self._group)
                 return _to_host(tokens)()
 

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 
 from parallel.context import ParallelContext
+from parallel.progress import Doing
 from parallel.relay import Header, Order, Relay, wait_for
 from runner.pipeline.host_copies import Fetched, copies_for
 from runner.pipeline.stage_worker import NUM_SLOTS, StageWorker, Values
@@ -21,12 +22,14 @@ def follow(worker: StageWorker, context: ParallelContext) -> None:
     results = _ResultSender(relay, worker) if _sends_results(context) else None
     arrivals = _InStep(relay, worker) if context.is_first_stage else _Ahead(relay, worker)
     while True:
+        worker.progress.enter(Doing.AWAITING)
         header = arrivals.next()
         values: Values = {}
         if header.order is Order.RUN:
             if results:
                 results.finish(header.slot)
             values = worker.run(header.bucket, header.slot)
+        worker.progress.enter(Doing.SENDING)
         if results and header.order is Order.RUN:
             results.send(header, values)
         elif not context.is_last_stage:

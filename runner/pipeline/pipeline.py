@@ -14,8 +14,10 @@ from threading import Lock, Thread
 
 import torch
 
+from parallel.busy_clock import Stopwatch
 from parallel.context import ParallelContext
 from parallel.errors import RankLostError
+from parallel.progress import Doing
 from parallel.relay import Header, Order, Relay, wait_for
 from runner.pipeline.host_copies import Fetched, copies_for
 from runner.pipeline.stage_worker import NUM_SLOTS, StageWorker
@@ -58,7 +60,8 @@ class Pipeline:
         self._copies = copies_for(worker.device)
         self._asked: SimpleQueue[_Batch | None] = SimpleQueue()
         self._awaited: SimpleQueue[_Awaited | None] = SimpleQueue()
-        # The next two are guarded by the lock.
+        # The next three are guarded by the lock.
+        self._occupied = Stopwatch()
         self._open: set[Future[list[list[torch.Tensor]]]] = set()
         self._has_failed = False
         self._lock = Lock()
@@ -81,6 +84,8 @@ class Pipeline:
         with self._lock:
             if self._has_failed:
                 raise _ended()
+            if not self._open:
+                self._occupied.start()
             self._open.add(answer)
         self._asked.put(_Batch(bucket, samples, answer))
         return answer
@@ -104,10 +109,15 @@ class Pipeline:
         collector = Thread(target=self._collect, name="results", daemon=True)
         collector.start()
         slot = 0
+        progress = self._worker.progress
         while True:
+            with self._lock:
+                progress.set_active(self._occupied.seconds())
+            progress.enter(Doing.AWAITING)
             try:
                 batch = self._asked.get(timeout=_REST_S)
             except Empty:
+                progress.enter(Doing.SENDING)
                 self._tell(Header(Order.REST))
                 continue
             if batch is None:
@@ -146,6 +156,7 @@ class Pipeline:
         relay.announce(header)
         relay.share(buffers.values())
         sends = worker.run(batch.bucket, slot)
+        worker.progress.enter(Doing.SENDING)
         self._copies.computed(slot)
         program = worker.programs[batch.bucket]
         if self._context.is_last_stage:
@@ -178,6 +189,8 @@ class Pipeline:
         with self._lock:
             is_open = answer in self._open
             self._open.discard(answer)
+            if is_open and not self._open:
+                self._occupied.stop()
         return is_open
 
     def _give_up(self) -> None:

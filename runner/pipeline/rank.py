@@ -10,6 +10,7 @@ from threading import Thread
 from parallel.collectives import all_gather_bytes
 from parallel.context import ParallelContext
 from parallel.launch import RankEnv
+from parallel.progress import Doing, ProgressBoard
 from runner.compiler.counter import compilations
 from runner.graph_planning import GraphJob
 from runner.joining import annotation, as_rank, join
@@ -47,11 +48,18 @@ class PipelineReport:
         return max(0.0, 1 - sum(self.busy_s) / (len(self.busy_s) * self.seconds))
 
 
-def run_graph_rank(job: GraphJob, env: RankEnv, use: Use | None) -> PipelineReport | None:
+def run_graph_rank(
+    job: GraphJob,
+    env: RankEnv,
+    use: Use | None,
+    *,
+    show: Callable[[ProgressBoard], None] = lambda _: None,
+) -> PipelineReport | None:
     """Run this process's rank to the end.
 
     Args:
         use: on rank 0; None elsewhere.
+        show: see `runner.engine.rank.run_rank`.
 
     Returns:
         On rank 0 what was done.
@@ -62,7 +70,10 @@ def run_graph_rank(job: GraphJob, env: RankEnv, use: Use | None) -> PipelineRepo
     with as_rank(job, env) as phase:
         rebuilds = job.on_mismatch == "rebuild"
         patience_s = job.config.distributed.build_timeout_s if rebuilds else None
+        show(phase.board)
         context = join(job, env, phase, setup_timeout_s=patience_s).annotated(annotation(job))
+        show(phase.board)
+        phase.progress.enter(Doing.LOADING)
         phase.name = "loading the model"
         worker = load_worker(job, context)
         all_gather_bytes(b"", context.setup)  # Loading takes some ranks longer than others.
@@ -71,6 +82,7 @@ def run_graph_rank(job: GraphJob, env: RankEnv, use: Use | None) -> PipelineRepo
             run_worker(job, worker, context, partial(check_sharded, job) if use else None)
             worker.busy.reset()
         phase.name = "running the pipeline"
+        worker.progress = phase.progress
         report = run_worker(job, worker, context, use)
         _LOG.debug("rank %d compiled: %s", env.rank, compilations() or "nothing")
         worker.close()

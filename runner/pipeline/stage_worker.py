@@ -1,16 +1,16 @@
 """One rank's stage of a tensor model at work: its weights, its buffers, its segments."""
 
 import gc
-import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from parallel.busy_clock import clock_of
 from parallel.collectives import Group, all_reduce, stack
 from parallel.graph_stage import Collective, Value
+from parallel.progress import Doing, ProgressBoard
 from runner.compiler.backend import Compiled
+from runner.compiler.counter import count_compilations
 from runner.pipeline.stage_program import StageProgram
 
 NUM_SLOTS = 2
@@ -29,6 +29,10 @@ class StageWorker:
 
     On a GPU each bucket and slot is one CUDA graph after `capture`; on a CPU the segments are
     called one after the other.
+
+    Attributes:
+        busy: how long it has computed.
+        progress: where this rank says what it is at.
     """
 
     def __init__(
@@ -48,7 +52,8 @@ class StageWorker:
         """
         self.programs = programs
         self.device = device
-        self.busy = _clock_of(device)
+        self.busy = clock_of(device)
+        self.progress = ProgressBoard.alone().writer(0)
         self._runs = runs
         self._group = group
         self._weights = {
@@ -70,12 +75,15 @@ class StageWorker:
         Returns:
             What the stage sends; valid until the next run in this slot.
         """
+        self.progress.begin_work()
+        self.progress.enter(Doing.COMPUTING)
         with self.busy.running(), self._group.annotate("batch of bucket", (bucket,)):
             if captured := self._graphs.get((bucket, slot)):
                 graph, sends = captured
                 graph.replay()
             else:
                 sends = self._compute(bucket, slot)
+        self.progress.end_step(self.busy.seconds_so_far(), count_compilations())
         return sends
 
     @torch.inference_mode()
@@ -124,68 +132,6 @@ class StageWorker:
         if step.kind == "all_reduce":
             return all_reduce(x, self._group)
         return stack(x, self._group).flatten(0, 1)
-
-
-class _HostClock:
-    """Seconds within `running`, where a call returns when its work is done."""
-
-    def __init__(self) -> None:
-        self._seconds = 0.0
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        started = time.perf_counter()
-        yield
-        self._seconds += time.perf_counter() - started
-
-    def reset(self) -> None:
-        self._seconds = 0.0
-
-    def seconds(self) -> float:
-        return self._seconds
-
-
-class _StreamClock:
-    """The same on a GPU: from the stream's reaching a call's work to its end."""
-
-    _KEPT = 64
-
-    def __init__(self) -> None:
-        self._done_s = 0.0
-        self._spans: deque[tuple[torch.cuda.Event, torch.cuda.Event]] = deque()
-
-    @contextmanager
-    def running(self) -> Iterator[None]:
-        span = _timed_event(), _timed_event()
-        span[0].record()
-        yield
-        span[1].record()
-        self._spans.append(span)
-        if len(self._spans) > self._KEPT:
-            self._add_oldest()
-
-    def reset(self) -> None:
-        self._done_s = 0.0
-        self._spans.clear()
-
-    def seconds(self) -> float:
-        """Waits for what runs."""
-        while self._spans:
-            self._add_oldest()
-        return self._done_s
-
-    def _add_oldest(self) -> None:
-        start, stop = self._spans.popleft()
-        stop.synchronize()
-        self._done_s += start.elapsed_time(stop) / 1e3
-
-
-def _timed_event() -> torch.cuda.Event:
-    return torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
-
-
-def _clock_of(device: torch.device) -> _HostClock | _StreamClock:
-    return _StreamClock() if device.type == "cuda" else _HostClock()
 
 
 class _Slot:

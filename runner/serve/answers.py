@@ -7,8 +7,10 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 from uuid import uuid4
 
+from runner.serve import logprobs
 from runner.serve.errors import ApiError
 from runner.serve.ticket import Piece, Ticket
+from runner.text.tokenizer import Tokenizer
 
 Kind = Literal["chat", "text"]
 
@@ -28,6 +30,7 @@ class Answer:
     kind: Kind
     model: str
     ticket: Ticket
+    tokenizer: Tokenizer
     id: str = field(default_factory=lambda: uuid4().hex)
     created: int = field(default_factory=lambda: int(time.time()))
 
@@ -44,6 +47,7 @@ class Answer:
         content: dict[str, Any] = {"text": completion.text}
         if self.kind == "chat":
             content = {"message": {"role": "assistant", "content": completion.text}}
+        content["logprobs"] = self._logprobs(range(len(completion.logprobs)))
         return self._envelope(content, completion.finish_reason, streamed=False) | {
             "usage": self._usage()
         }
@@ -57,7 +61,7 @@ class Answer:
                 yield self._event(piece.error.body())
                 return
             delta = {"content": piece.text} if piece.text else {}
-            yield self._event(self._chunk(delta, piece.finish_reason))
+            yield self._event(self._chunk(delta, piece.finish_reason, piece.tokens))
         if include_usage:
             last = self._envelope({}, None, streamed=True)
             yield self._event(last | {"choices": [], "usage": self._usage()})
@@ -70,14 +74,26 @@ class Answer:
             if piece.is_last:
                 return
 
-    def _chunk(self, delta: dict[str, Any], finish_reason: str | None) -> dict[str, Any]:
-        content = {"delta": delta} if self.kind == "chat" else {"text": delta.get("content", "")}
+    def _chunk(
+        self, delta: dict[str, Any], finish_reason: str | None, tokens: range = range(0)
+    ) -> dict[str, Any]:
+        content: dict[str, Any] = {"text": delta.get("content", "")}
+        if self.kind == "chat":
+            content = {"delta": delta}
+        content["logprobs"] = self._logprobs(tokens)
         return self._envelope(content, finish_reason, streamed=True)
+
+    def _logprobs(self, tokens: range) -> dict[str, Any] | None:
+        """Of the tokens at these places; None where nobody asked, or there are none."""
+        if not tokens:
+            return None
+        shape = logprobs.of_chat if self.kind == "chat" else logprobs.of_text
+        return shape(self.ticket.completion, tokens, self.tokenizer)
 
     def _envelope(
         self, content: dict[str, Any], finish_reason: str | None, *, streamed: bool
     ) -> dict[str, Any]:
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish_reason}
+        choice = {"index": 0, "logprobs": None, **content, "finish_reason": finish_reason}
         return {
             "id": f"{_PREFIXES[self.kind]}-{self.id}",
             "object": _OBJECTS[self.kind, streamed],

@@ -1,5 +1,8 @@
 """The server's routes put together."""
 
+from collections.abc import Collection
+from typing import Any
+
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
@@ -8,7 +11,8 @@ from starlette.types import ASGIApp
 from runner.config.schema import ServerConfig
 from runner.serve.errors import install_handlers
 from runner.serve.guard import Guard, read_key
-from runner.serve.lifecycle import RETRY_S, Front
+from runner.serve.health import Health
+from runner.serve.lifecycle import RETRY_S, Front, State
 from runner.serve.openapi_document import publish_bodies
 from runner.serve.service import Service
 
@@ -26,7 +30,7 @@ def make_app(service: Service, config: ServerConfig) -> ASGIApp:
         app.include_router(router)
     if service.bodies:
         publish_bodies(app, service.bodies)
-    _add_health(app, service.front)
+    _add_health(app, service.front, service.health)
 
     @app.get("/metrics")
     async def show_metrics() -> Response:
@@ -41,19 +45,26 @@ def make_app(service: Service, config: ServerConfig) -> ASGIApp:
     )
 
 
-def _add_health(app: FastAPI, front: Front) -> None:
-    def told(good: bool) -> JSONResponse:
-        headers = None if good else {"Retry-After": str(RETRY_S)}
-        return JSONResponse({"status": front.state}, 200 if good else 503, headers)
+def _add_health(app: FastAPI, front: Front, health: Health) -> None:
+    def told(wanted: Collection[State]) -> JSONResponse:
+        stalls = [str(stall) for stall in health.stalls()]
+        says: dict[str, Any] = {"status": front.state}
+        if stalls:
+            says = {"status": "stalled", "stalled": stalls}
+        elif front.state == "starting":
+            says["ranks"] = [rank.doing.words for rank in health.ranks()]
+        if front.state in wanted and not stalls:
+            return JSONResponse(says)
+        return JSONResponse(says, 503, {"Retry-After": str(RETRY_S)})
 
     @app.get("/health/live")
     async def live() -> JSONResponse:
-        return told(front.state != "failed")
+        return told(["starting", "ready", "draining"])
 
     @app.get("/health/startup")
     async def startup() -> JSONResponse:
-        return told(front.state not in ("starting", "failed"))
+        return told(["ready", "draining"])
 
     @app.get("/health/ready")
     async def ready() -> JSONResponse:
-        return told(front.state == "ready")
+        return told(["ready"])

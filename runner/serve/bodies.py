@@ -5,17 +5,19 @@ nothing. Not here: how a body becomes tokens.
 """
 
 import json
-from typing import Any, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 
 from runner.config.messages import explain
 from runner.config.problems import dotted
 from runner.config.section import Seconds, Section
+from runner.engine.logprobs import MAX_LOGPROBS
 from runner.prompts.schema import ChatBody, CompletionBody, Options
 from runner.serve.errors import ApiError
 
 BodyT = TypeVar("BodyT", bound=Section)
+_NumLogprobs = Annotated[int, Field(ge=0, le=MAX_LOGPROBS)]
 
 
 class StreamOptions(Section):
@@ -40,7 +42,21 @@ class ChatRequest(_Served, ChatBody):
 
     stream: bool | None = None  # type: ignore[assignment]
     """Whether the answer comes piece by piece."""
-    logprobs: Literal[False] | None = None
+    logprobs: bool | None = None
+    """Whether to tell how likely each token was."""
+    top_logprobs: _NumLogprobs | None = None
+    """Of how many of the likeliest tokens at each place to tell it, too."""
+
+    @model_validator(mode="after")
+    def _asks_for_all(self) -> "ChatRequest":
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs needs logprobs; set it to true")
+        return self
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See `runner.engine.request.Request`."""
+        return (self.top_logprobs or 0) if self.logprobs else None
 
 
 class CompletionRequest(_Served, CompletionBody):
@@ -50,8 +66,17 @@ class CompletionRequest(_Served, CompletionBody):
     """The text to continue, or its token ids."""
     stream: bool | None = None  # type: ignore[assignment]
     """Whether the answer comes piece by piece."""
+    logprobs: _NumLogprobs | None = None
+    """Of how many of the likeliest tokens to tell how likely they were, beside that of each token
+    itself.
+    """
     echo: Literal[False] | None = None
     best_of: Literal[1] | None = None
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """See `runner.engine.request.Request`."""
+        return self.logprobs
 
 
 def parse_body(kind: type[BodyT], body: bytes) -> BodyT:

@@ -25,6 +25,10 @@ class Exposition:
         full = f"{PREFIX}_{name}_seconds"
         return Histogram(full, says, buckets=_SECONDS, registry=self._registry)
 
+    def _sizes(self, name: str, says: str) -> Histogram:
+        sizes = [2**power for power in range(14)]
+        return Histogram(f"{PREFIX}_{name}", says, buckets=sizes, registry=self._registry)
+
     def _gauge(self, name: str, says: str) -> Gauge:
         return Gauge(f"{PREFIX}_{name}", says, registry=self._registry)
 

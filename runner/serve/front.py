@@ -13,11 +13,11 @@ from runner.engine.completion import Completion, CompletionText
 from runner.engine.control import Control
 from runner.engine.request import Request
 from runner.engine.request_maker import RequestMaker
-from runner.engine.scheduler import Output, Scheduler
+from runner.engine.scheduler import Output, Scheduler, StepSummary
 from runner.serve.errors import ApiError
 from runner.serve.lifecycle import State, check_ready, queue_full
 from runner.serve.metrics import Metrics
-from runner.serve.ticket import Piece, Ticket
+from runner.serve.ticket import Piece, Ticket, put_all
 from runner.text.generation_options import GenerationOptions
 
 _REST_S = 1.0
@@ -57,13 +57,22 @@ class ServeFront:
         self._aborted: list[int] = []
         self._num_requests = 0
         self._leave_at: float | None = None
+        # Of the step that was made last.
+        self._counted: StepSummary | None = None
+        self._step_began = 0.0
+        self._answered: dict[int, Ticket] = {}
 
     @property
     def state(self) -> State:
         return self._state
 
     def submit(
-        self, prompt_ids: Sequence[int], options: GenerationOptions, timeout_s: float | None
+        self,
+        prompt_ids: Sequence[int],
+        options: GenerationOptions,
+        timeout_s: float | None,
+        *,
+        num_logprobs: int | None = None,
     ) -> Ticket:
         """Queue a request; called on the server's event loop.
 
@@ -73,7 +82,9 @@ class ServeFront:
         """
         with self._changed:
             self._check_open()
-            request = self._maker.make(self._num_requests, prompt_ids, options)
+            request = self._maker.make(
+                self._num_requests, prompt_ids, options, num_logprobs=num_logprobs
+            )
             assert self._scheduler is not None, "a server that is ready has begun"
             if request.max_length > self._scheduler.max_length:
                 raise ApiError(
@@ -132,6 +143,7 @@ class ServeFront:
         if self._scheduler:
             self._metrics.show(self._scheduler.load())
         with self._changed:
+            self._count_step()
             if not (self._open or self._aborted or self._leaves()):
                 self._changed.wait(_REST_S)
             self._expire()
@@ -140,26 +152,44 @@ class ServeFront:
                 return Control(leave=True)
             control = Control(self._unsent, self._aborted)
             self._unsent, self._aborted = [], []
+            self._step_began = time.monotonic()
         return control
+
+    def _count_step(self) -> None:
+        """The step that was made since `next` returned, if one was."""
+        step = self._scheduler.last_step if self._scheduler else None
+        if step is None or step is self._counted:
+            return
+        self._counted = step
+        self._metrics.step(step)
+        for request_id in step.admitted:
+            if ticket := self._open.get(request_id) or self._answered.pop(request_id, None):
+                self._metrics.queued(max(0.0, self._step_began - ticket.arrived))
+        self._answered.clear()
 
     def take(self, outputs: list[Output]) -> None:
         """Add a step's tokens to their requests."""
         now = time.monotonic()
+        pieces = []
         with self._changed:
             for output in outputs:
                 # A request that was cancelled meanwhile still gets what was under way.
-                if ticket := self._open.get(output.request_id):
-                    self._take(ticket, output, now)
+                ticket = self._open.get(output.request_id)
+                if ticket and (piece := self._take(ticket, output, now)):
+                    pieces.append((ticket, piece))
+            put_all(pieces)
 
-    def _take(self, ticket: Ticket, output: Output, now: float) -> None:
+    def _take(self, ticket: Ticket, output: Output, now: float) -> Piece | None:
         self._metrics.token(ticket, now)
         ticket.first = ticket.first or now
         ticket.last = now
-        if ticket.take(output):
+        piece, stopped = ticket.take(output)
+        if stopped:
             self._aborted.append(ticket.request_id)
         if reason := ticket.completion.finish_reason:
-            del self._open[ticket.request_id]
+            self._answered[ticket.request_id] = self._open.pop(ticket.request_id)
             self._metrics.finished(reason, ticket, now)
+        return piece
 
     def _check_open(self) -> None:
         check_ready(self._state)

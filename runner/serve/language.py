@@ -2,15 +2,18 @@
 
 from runner.engine.rank import run_rank
 from runner.engine.request_maker import RequestMaker
+from runner.joining import patience_s
 from runner.observe.gpu_monitor import GpuMonitor
 from runner.planning import DecoderJob
 from runner.serve.bodies import ChatRequest, CompletionRequest
 from runner.serve.errors import ApiError
 from runner.serve.front import ServeFront
 from runner.serve.gpu_metrics import GpuMetrics
+from runner.serve.health import Health
 from runner.serve.metrics import Metrics
 from runner.serve.openai_api import OpenAIRoutes
 from runner.serve.page import page_router
+from runner.serve.rank_metrics import RankMetrics
 from runner.serve.service import Service
 from runner.serve.status_api import StatusRoutes
 
@@ -32,14 +35,17 @@ def language_service(job: DecoderJob) -> Service:
     monitor = GpuMonitor()
     gpus = GpuMetrics(monitor, job.plan.topology.devices if job.device_type == "cuda" else ())
     metrics.add(gpus)
+    health = Health(job.plan.topology.describe, patience_s(job))
+    metrics.add(RankMetrics(health, job.plan.topology))
     status = StatusRoutes(job, front, metrics, monitor, gpus, model=model)
     return Service(
         model,
         front,
         (routes.router, page_router(), status.router),
         metrics,
+        health,
         ApiError.body,
-        run=lambda env: run_rank(job, env, front),
+        run=lambda env: run_rank(job, env, front, show=health.show),
         bodies=(ChatRequest, CompletionRequest),
     )
 

@@ -3,7 +3,7 @@
 Written by the engine's thread, read by the server's.
 """
 
-from runner.engine.scheduler import Load
+from runner.engine.scheduler import Load, StepSummary
 from runner.serve.exposition import Exposition
 from runner.serve.history import History
 from runner.serve.ticket import Ticket
@@ -21,6 +21,10 @@ class Metrics(Exposition):
         self.history = History()
         self._first_token = self._seconds("time_to_first_token", "From arrival to the first token.")
         self._inter_token = self._seconds("inter_token_latency", "From one token to the next.")
+        self._queued = self._seconds("request_queue_time", "From arrival to the first step.")
+        self._sequences = self._sizes("step_sequences", "Sequences of a step: the batch.")
+        self._tokens = self._sizes("step_tokens", "Tokens of a step, of prompts and generated.")
+        self._steps = self._counter("steps", "Steps by why they took no more.", "cut")
         self._end_to_end = self._seconds("e2e_request_latency", "From arrival to the last token.")
         self._running = self._gauge("num_requests_running", "Requests in the batch.")
         self._waiting = self._gauge("num_requests_waiting", "Requests that wait for a place.")
@@ -50,6 +54,16 @@ class Metrics(Exposition):
         self._prefix_tokens.set(load.prompt_tokens)
         self._prefix_hits.set(load.cached_tokens)
         self.history.show(load)
+
+    def step(self, step: StepSummary) -> None:
+        """A step has been made."""
+        self._sequences.observe(step.num_sequences)
+        self._tokens.observe(step.num_tokens)
+        self._steps.labels(cut=step.cut).inc()
+
+    def queued(self, seconds: float) -> None:
+        """A request has come out of the queue, so long after it came."""
+        self._queued.observe(seconds)
 
     def token(self, ticket: Ticket, now: float) -> None:
         """A request gets a token; its times are those before it."""

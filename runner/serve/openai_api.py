@@ -38,6 +38,10 @@ class OpenAIRoutes:
         ):
             self.router.add_api_route(path, answer, methods=["POST"], openapi_extra=takes(body))
 
+        self.router.add_api_route(
+            "/embeddings", self.embed, methods=["POST"], include_in_schema=False
+        )
+
     async def models(self) -> JSONResponse:
         """The one model that there is."""
         return JSONResponse({"object": "list", "data": [self._card()]})
@@ -57,6 +61,10 @@ class OpenAIRoutes:
         body = parse_body(ChatRequest, await request.body())
         return await self._answer(request, body, "chat", body.content())
 
+    async def embed(self) -> Response:
+        """Say that the model cannot; none that runs here is an encoder."""
+        raise ApiError(400, f"{self._model} generates text and has no embeddings to give")
+
     async def _answer(
         self,
         request: Request,
@@ -71,10 +79,10 @@ class OpenAIRoutes:
             options = body.options()
             self._maker.check(options)
             ids = await run_in_threadpool(self._ids, prompt)
-            ticket = self._front.submit(ids, options, body.timeout)
+            ticket = self._front.submit(ids, options, body.timeout, num_logprobs=body.num_logprobs)
         except ConfigError as error:
             raise ApiError(400, str(error)) from None
-        answer = Answer(kind, self._model, ticket)
+        answer = Answer(kind, self._model, ticket, self._maker.tokenizer)
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
             events = self._until_closed(answer, include_usage=include_usage)

@@ -11,6 +11,7 @@ from runner.pipeline.rank import run_graph_rank
 from runner.planning import DecoderJob
 from runner.serve.app import make_app
 from runner.serve.guard import read_key
+from runner.serve.health import watch
 from runner.serve.http_server import listen, serving
 from runner.serve.language import language_service
 from runner.serve.service import Service
@@ -42,6 +43,7 @@ def serve_rank(job: DecoderJob | GraphJob, env: RankEnv) -> None:
             file=sys.stderr,
             flush=True,
         )
+        watch(service.health, env, service.front.fail)
         try:
             service.run(env)
         except BaseException as error:

@@ -9,6 +9,7 @@ from pydantic import BaseModel
 from parallel.launch import RankEnv
 from runner.serve.errors import Shape
 from runner.serve.exposition import Exposition
+from runner.serve.health import Health
 from runner.serve.lifecycle import Front
 
 
@@ -18,6 +19,7 @@ class Service:
 
     Attributes:
         model: what clients call it.
+        health: of the ranks.
         shape: of errors.
         bodies: what the routes say in the OpenAPI document that they take.
         run: rank 0's life, until the front has drained.
@@ -27,6 +29,7 @@ class Service:
     front: Front
     routers: tuple[APIRouter, ...]
     metrics: Exposition
+    health: Health
     shape: Shape
     run: Callable[[RankEnv], object]
     bodies: tuple[type[BaseModel], ...] = ()

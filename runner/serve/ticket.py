@@ -5,6 +5,7 @@ reads it.
 import asyncio
 import contextlib
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from runner.engine.completion import Completion, CompletionText
@@ -17,11 +18,13 @@ class Piece:
     """What has been added to an answer.
 
     Attributes:
+        tokens: places of the tokens that it came of, where their probabilities were asked for.
         finish_reason: of the last piece.
         error: why there is no more; the last piece.
     """
 
     text: str = ""
+    tokens: range = range(0)
     finish_reason: str | None = None
     error: ApiError | None = None
 
@@ -35,6 +38,7 @@ class Ticket:
     """A request on its way.
 
     Attributes:
+        loop: the server's, of which there is one.
         deadline: on `time.monotonic`'s clock; None: it may take any time.
         arrived, first, last: when it came, and its first and latest tokens; on that clock.
     """
@@ -46,6 +50,7 @@ class Ticket:
     arrived: float = field(default_factory=time.monotonic)
     first: float | None = None
     last: float | None = None
+    _num_told: int = 0
 
     @property
     def completion(self) -> Completion:
@@ -55,16 +60,37 @@ class Ticket:
     def request_id(self) -> int:
         return self.completion.request.request_id
 
-    def take(self, output: Output) -> bool:
-        """Add a token; returns whether a stop string ended what the engine would go on with."""
+    def take(self, output: Output) -> tuple[Piece | None, bool]:
+        """Add a token.
+
+        Returns:
+            What it adds to the answer, to be put, if that is certain yet; and whether a stop string
+            ended what the engine would go on with.
+        """
         known = len(self.completion.text)
         stopped = self.text.take(output)
-        piece = Piece(self.completion.text[known:], self.completion.finish_reason)
+        completion = self.completion
+        tokens = range(self._num_told, len(completion.logprobs))
+        piece = Piece(completion.text[known:], tokens, completion.finish_reason)
         if piece.text or piece.is_last:
-            self.put(piece)
-        return stopped
+            self._num_told = tokens.stop
+            return piece, stopped
+        return None, stopped
 
     def put(self, piece: Piece) -> None:
         """Hand a piece to the server's thread, whatever its reader does."""
+        put_all([(self, piece)])
+
+
+def put_all(pieces: Sequence[tuple[Ticket, Piece]]) -> None:
+    """Hand the pieces of a step to the server's thread at once: each call wakes it, which costs a
+    step of many sequences more than all else that the host does.
+    """
+    if pieces:
         with contextlib.suppress(RuntimeError):  # The server has ended.
-            self.loop.call_soon_threadsafe(self.pieces.put_nowait, piece)
+            pieces[0][0].loop.call_soon_threadsafe(_put_here, pieces)
+
+
+def _put_here(pieces: Sequence[tuple[Ticket, Piece]]) -> None:
+    for ticket, piece in pieces:
+        ticket.pieces.put_nowait(piece)

@@ -11,7 +11,7 @@ from servers import Server
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 needs_browser = pytest.mark.skipif(
     CHROMIUM is None, reason="no Chromium on this host; on Debian: apt-get install chromium"
 )

@@ -144,7 +144,7 @@ def test_a_run_that_is_killed_goes_on_and_writes_each_result_once(folder: Path) 
     after_launcher = stats(folder)
     code, said = kill_at(folder, command, len(after_launcher) + 20, rank=1)
     assert code == 8
-    assert said.endswith("rank 1 (stage 1, tp rank 0): killed by SIGKILL")
+    assert "rank 1 (stage 1, tp rank 0): killed by SIGKILL" in said
     after_rank = stats(folder)
     assert after_launcher.items() <= after_rank.items()
 
@@ -251,7 +251,9 @@ def test_a_model_that_raises_ends_the_job_and_names_the_stage(folder: Path) -> N
     failed = run_command(*command)
     assert failed.returncode == 8
     last = failed.stderr.splitlines()[-1]
-    assert "rank 1 (stage 1, tp rank 0): IndexError while running the pipeline" in last
+    assert "rank 1 (stage 1, tp rank 0): IndexError while computing its stage" in last
+    assert "Traceback" in failed.stderr
+    assert "in run" in failed.stderr
     assert wait_until_gone(str(folder), timeout_s=GONE_WITHIN_S) == []
 
 
@@ -259,7 +261,7 @@ def test_a_model_that_raises_on_one_rank_ends_the_job(folder: Path) -> None:
     np.save(folder / "in" / "large.npy", np.full(4, 10))
     failed = invoke(arguments(folder, "Table", IDS))
     assert getattr(failed.exception, "exit_code", None) == 8
-    assert str(failed.exception).startswith("IndexError while running the pipeline")
+    assert str(failed.exception).startswith("IndexError while computing its stage")
 
 
 def test_a_wrong_tp_plan_is_found_before_any_item_is_computed(folder: Path) -> None:

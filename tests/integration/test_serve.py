@@ -13,11 +13,15 @@ from typing import Any
 import httpx
 import openai
 import pytest
-from checkpoints import add_tokenizer, make_checkpoint
+import torch
+from checkpoints import add_tokenizer, load_reference, make_checkpoint, reference_logits
 from processes import processes_naming, run_command
 from servers import Server
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
+from runner.text.token_bytes import bytes_of
+from runner.text.tokenizer import Tokenizer
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
 TEMPLATE = "{% for m in messages %}[{{ m.role }}] {{ m.content }}\n{% endfor %}"
 LONG = 3000
@@ -97,6 +101,72 @@ def test_a_stop_string_may_cross_tokens(server: Server) -> None:
     assert answer.choices[0].finish_reason == "stop"
     events = list(complete(server, "stop here", 40, stop=stop, stream=True))
     assert "".join(e.choices[0].text for e in events) == whole[: whole.index(stop)]
+
+
+def test_logprobs_of_a_completion_are_those_of_transformers(server: Server, model: Path) -> None:
+    whole = complete(server, "odds", 10, logprobs=3)
+    told = whole.choices[0].logprobs
+    tokenizer = Tokenizer.load(model)
+    ids = [letter_id(token, tokenizer) for token in told.tokens]
+    prompt = [ord_id(c) for c in "odds"]
+    logits = reference_logits(load_reference(model), prompt + ids)[len(prompt) - 1 : -1]
+    expected = logits.log_softmax(-1)
+    of_chosen = expected.gather(-1, torch.tensor(ids)[:, None])[:, 0]
+    assert told.token_logprobs == pytest.approx(of_chosen.tolist(), abs=1e-4)
+    for place, top in enumerate(told.top_logprobs):
+        values, top_ids = expected[place].topk(3)
+        assert [letter_id(token, tokenizer) for token in top] == top_ids.tolist()
+        assert list(top.values()) == pytest.approx(values.tolist(), abs=1e-4)
+    assert told.text_offset[0] == 0
+    for token, start in zip(told.tokens, told.text_offset, strict=True):
+        assert token.startswith("bytes:") or whole.choices[0].text[start:].startswith(token)
+    events = list(complete(server, "odds", 10, logprobs=3, stream=True))
+    pieces = [e.choices[0].logprobs for e in events if e.choices[0].logprobs]
+    for field in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+        streamed = [value for piece in pieces for value in getattr(piece, field)]
+        assert streamed == getattr(told, field)
+    # Who does not ask gets none, beside who does.
+    assert complete(server, "odds", 10).choices[0].logprobs is None
+    stopped = complete(server, "odds", 10, logprobs=0, stop=[whole.choices[0].text[4:6]])
+    assert stopped.choices[0].finish_reason == "stop"
+    given = stopped.choices[0].logprobs
+    assert len(given.tokens) == stopped.usage.completion_tokens
+    assert [len(top) for top in given.top_logprobs] == [1] * len(given.tokens)
+
+
+def letter_id(token: str, tokenizer: Tokenizer) -> int:
+    """The token id of what the API calls a token of `add_tokenizer`."""
+    written = token.encode()
+    if token.startswith("bytes:"):
+        written = bytes.fromhex(token.removeprefix("bytes:").replace("\\x", ""))
+    return next(i for i in range(259) if bytes_of(tokenizer, i) == written)
+
+
+def test_logprobs_of_a_chat_agree_whole_and_streamed(server: Server) -> None:
+    chats = server.client().chat.completions
+    asked: Any = {
+        "model": "tiny",
+        "messages": [{"role": "user", "content": "odds"}],
+        "max_tokens": 10,
+        "temperature": 0,
+        "logprobs": True,
+    }
+    whole = chats.create(**asked, top_logprobs=4)
+    told = whole.choices[0].logprobs.content
+    assert len(told) == whole.usage.completion_tokens == 10
+    for entry in told:
+        assert len(entry.top_logprobs) == 4
+        best = entry.top_logprobs[0]
+        assert (best.token, best.logprob, best.bytes) == (entry.token, entry.logprob, entry.bytes)
+        logarithms = [top.logprob for top in entry.top_logprobs]
+        assert logarithms == sorted(logarithms, reverse=True)
+    shown = [bytes(entry.bytes) for entry in told if not entry.token.startswith("<")]
+    assert b"".join(shown).decode(errors="replace") == whole.choices[0].message.content
+    events = list(chats.create(**asked, top_logprobs=4, stream=True))
+    pieces = [e.choices[0].logprobs for e in events if e.choices[0].logprobs]
+    assert [entry for piece in pieces for entry in piece.content] == told
+    alone = chats.create(**asked)
+    assert [entry.top_logprobs for entry in alone.choices[0].logprobs.content] == [[]] * 10
 
 
 def test_many_at_once_get_what_each_gets_alone(model: Path) -> None:
@@ -182,7 +252,8 @@ BAD: list[tuple[Any, str]] = [
     (OK | {"n": 2}, "n:"),
     (OK | {"echo": True}, "echo"),
     (OK | {"best_of": 3}, "best_of"),
-    (OK | {"logprobs": 5}, "logprobs"),
+    (OK | {"logprobs": 21}, "logprobs"),
+    (OK | {"logprobs": True}, "logprobs"),
     (OK | {"stream": "yes"}, "stream"),
     (OK | {"stream_options": {"include_usage": True}}, "stream_options"),
     (OK | {"stream": True, "stream_options": {"x": 1}}, "x"),
@@ -195,7 +266,9 @@ BAD: list[tuple[Any, str]] = [
     (CHAT | {"messages": [{"content": "x"}]}, "role"),
     (CHAT | {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]}, "text"),
     (CHAT | {"tools": [{"type": "function"}]}, "tools"),
-    (CHAT | {"logprobs": True}, "logprobs"),
+    (CHAT | {"logprobs": 1}, "logprobs"),
+    (CHAT | {"logprobs": True, "top_logprobs": -1}, "top_logprobs"),
+    (CHAT | {"top_logprobs": 2}, "top_logprobs needs logprobs"),
     (CHAT | {"response_format": {"type": "json_object"}}, "response_format"),
 ]
 RAW = [b"", b"{", b"\xff\xfe", b"[" * 5000, b'{"prompt": "\\ud800"}', b'{"prompt": NaN}', b"nul"]
@@ -228,6 +301,9 @@ def test_what_cannot_be_answered_is_told_in_openais_shape(server: Server) -> Non
             answer = client.request(method, path)
             assert (answer.status_code, "error" in answer.json()) == (status, True)
         assert client.post("/v1/completions", content=b"x" * 20001).status_code == 413
+        answer = client.post("/v1/embeddings", json={"model": "tiny", "input": "x"})
+        assert answer.status_code == 400
+        assert "no embeddings" in answer.json()["error"]["message"]
         asked = client.post("/v1/completions", json=OK | {"model": "gpt-4"})
         assert (asked.status_code, asked.json()["error"]["code"]) == (404, "model_not_found")
     assert complete(server, "alive").choices[0].finish_reason == "length"

@@ -4,16 +4,18 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 from checkpoints import add_tokenizer, make_checkpoint
+from hang import may_hang
 from processes import processes_naming, rank_pid, wait_until_gone
 from servers import Server
 from streams import Stream, streaming
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
 CUT = ["-tp", "2", "-pp", "2"]
 NAMES = [f"rank {2 * stage + r} (stage {stage}, tp rank {r})" for stage in (0, 1) for r in (0, 1)]
@@ -77,7 +79,11 @@ def test_a_rank_that_stalls_is_named(model: Path, rank: int) -> None:
         exit_code, streams = after_fault(server, model, rank, signal.SIGSTOP, within_s=limit_s + 10)
         said = "".join(server.said)
     assert exit_code == 9, said
-    assert f"no sign of life from {NAMES[rank]}\n" in said
+    others = [name for name in NAMES if name != NAMES[rank]]
+    _, _, silent = said.partition("no sign of life from ")
+    assert silent.startswith(f"{NAMES[rank]} while ")
+    assert not any(name in silent for name in others)
+    assert "most recent call first" in said, "it shows its stack, stopped as it was"
     if rank == 0:
         assert all(stream.broken for stream in streams)
     else:
@@ -95,6 +101,55 @@ def test_an_idle_server_lives_on_and_notices_a_rank_that_stalls(model: Path, ran
         os.kill(rank_pid(str(model), rank), signal.SIGSTOP)
         assert server.process.wait(15) == 9
         assert f"no sign of life from rank {rank} (stage {rank}" in "".join(server.said)
+    assert wait_until_gone(str(model), timeout_s=5) == []
+
+
+@pytest.fixture
+def hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+    return may_hang(tmp_path, monkeypatch)
+
+
+def test_a_loop_that_hangs_is_no_life_whatever_its_other_threads_do(
+    model: Path, hang: Callable[[int], None]
+) -> None:
+    """One rank: nobody else waits for it, and its server answers all the while."""
+    limit = ["--set", "distributed.collective_timeout_s=3"]
+    with Server.start(model, *limit) as server:
+        with streaming(server, 4, max_tokens=LONG) as reading:
+            assert httpx.get(f"{server.url}/health/live").status_code == 200
+            hang(0)
+            deadline = time.monotonic() + 10
+            while (live := httpx.get(f"{server.url}/health/live")).status_code == 200:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            assert live.status_code == 503
+            assert live.json()["status"] == "stalled"
+            (told,) = live.json()["stalled"]
+            assert "rank 0 (stage 0, tp rank 0): no progress for 3 s while" in told
+            assert httpx.get(f"{server.url}/health/ready").status_code == 503
+            streams = [stream.result(timeout=10) for stream in reading]
+        assert all("the engine has stalled: rank 0" in (s.error or "") for s in streams)
+        assert server.process.wait(5) == 9
+        said = "".join(server.said)
+    assert "in hang_here" in said
+    assert "shardline: rank 0 (stage 0, tp rank 0): no progress for" in said
+
+
+@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.full)])
+def test_of_several_ranks_the_one_whose_loop_hangs_is_named(
+    model: Path, hang: Callable[[int], None], rank: int
+) -> None:
+    limit = ["--set", "distributed.collective_timeout_s=3"]
+    with Server.start(model, "-pp", "2", *limit) as server:
+        with streaming(server, 4, max_tokens=LONG) as reading:
+            hang(rank)
+            streams = [stream.result(timeout=20) for stream in reading]
+        assert all(stream.error for stream in streams)
+        assert server.process.wait(10) == 9
+        said = "".join(server.said)
+    assert "in hang_here" in said
+    name = f"rank {rank} (stage {rank}, tp rank 0)"
+    assert f"{name} while computing its stage" in said or f"{name}: no progress for" in said
     assert wait_until_gone(str(model), timeout_s=5) == []
 
 

@@ -13,12 +13,13 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from hang import may_hang
 from processes import processes_naming, rank_pid, wait_until_gone
 from servers import Server
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
-pytestmark = [pytest.mark.dist, pytest.mark.timeout(120)]
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
 MODELS = """
 import time
@@ -321,6 +322,25 @@ def test_sigterm_answers_what_is_open_and_takes_no_more(tmp_path: Path) -> None:
             infer(server, samples(1))
         assert asked.result().as_numpy("y").shape == (2, 3)
         assert server.process.wait(20) == 0, "".join(server.said)
+
+
+def test_a_loop_that_hangs_ends_the_job_and_its_requests(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    hang = may_hang(tmp_path, monkeypatch)
+    plan = plan_of(tmp_path, "Net", X)
+    with Server.start(plan, "--set", "distributed.collective_timeout_s=3") as server:
+        assert infer(server, samples(1)).as_numpy("y").shape == (1, 3)
+        assert server.metric('rank_step_seconds_count{rank="0",stage="0"}') == 1
+        assert 0 <= server.metric("pipeline_bubble") < 1
+        hang(0)
+        time.sleep(0.5)
+        with pytest.raises(InferenceServerException, match="has stalled: rank 0"):
+            infer(server, samples(1))
+        assert server.process.wait(20) == 9
+        said = "".join(server.said)
+    assert "in hang_here" in said
+    assert "rank 0 (stage 0, tp rank 0): no progress for" in said
 
 
 def test_a_rank_that_dies_ends_the_job_and_its_requests(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """What tests run on the ranks of a `RankPool`: each function gets a context and plain arguments."""
 
+from dataclasses import replace
 from typing import Any
 from unittest.mock import patch
 
@@ -11,6 +12,7 @@ from runner.config.load import load
 from runner.engine.batching import lay_out
 from runner.engine.control import Control
 from runner.engine.loading import load_stage
+from runner.engine.logprobs import TokenLogprobs
 from runner.engine.rank import loop, make_engine
 from runner.engine.request import Request, SamplingParams
 from runner.engine.request_maker import make_request
@@ -29,10 +31,11 @@ def prepare(model: str, tp_sizes: list[int], settings: dict[str, Any]) -> Decode
 
 
 class ListFront:
-    """A front that sends requests and keeps their token ids."""
+    """A front that sends requests and keeps their token ids and logprobs."""
 
     def __init__(self, requests: list[Request]) -> None:
         self.token_ids: dict[int, list[int]] = {r.request_id: [] for r in requests}
+        self.logprobs: dict[int, list[TokenLogprobs | None]] = {r.request_id: [] for r in requests}
         self._unsent = requests
         self._open = set(self.token_ids)
 
@@ -50,6 +53,7 @@ class ListFront:
     def take(self, outputs: list[Output]) -> None:
         for output in outputs:
             self.token_ids[output.request_id].append(output.token_id)
+            self.logprobs[output.request_id].append(output.logprobs)
             if output.finish_reason:
                 self._open.remove(output.request_id)
 
@@ -99,6 +103,26 @@ def complete_job(
         front = ListFront(requests_of(job, prompts, num_tokens, sampling))
     loop(make_engine(job, stage_runner, front), front)
     return list(front.token_ids.values()) if front else None
+
+
+def complete_with_logprobs(
+    context: ParallelContext,
+    model: str,
+    prompts: list[list[int]],
+    num_tokens: int,
+    sampling: dict[str, Any],
+    asked: list[int | None],
+) -> tuple[list[list[int]], list[list[TokenLogprobs | None]]] | None:
+    """Completions, of which each asks for so many logprobs, and these; known on rank 0."""
+    job = prepare(model, list(context.topology.tp_sizes), {})
+    stage_runner = load_stage(job, context)
+    front = None
+    if context.rank == 0:
+        requests = requests_of(job, prompts, num_tokens, sampling)
+        pairs = zip(requests, asked, strict=True)
+        front = ListFront([replace(request, num_logprobs=count) for request, count in pairs])
+    loop(make_engine(job, stage_runner, front), front)
+    return (list(front.token_ids.values()), list(front.logprobs.values())) if front else None
 
 
 def complete_in_few_blocks(

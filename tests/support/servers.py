@@ -14,7 +14,7 @@ import httpx
 from openai import OpenAI
 from processes import start_command
 
-_START_S = 60
+_START_S = 600
 
 
 @dataclass
@@ -49,8 +49,8 @@ class Server:
             process.kill()
             process.wait()
 
-    def client(self, *, key: str = "none") -> OpenAI:
-        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=60)
+    def client(self, *, key: str = "none", timeout_s: float = 60) -> OpenAI:
+        return OpenAI(base_url=f"{self.url}/v1", api_key=key, max_retries=0, timeout=timeout_s)
 
     def metric(self, name: str) -> float:
         """The value of a metric; its labels, if it has any, are part of the name."""

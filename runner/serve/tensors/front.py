@@ -6,11 +6,13 @@ own.
 """
 
 import asyncio
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass
 from threading import Condition
+from typing import Any
 
 import torch
 
@@ -69,6 +71,7 @@ class TensorFront:
         self._state: State = "starting"
         self._service: BatchService[Sample, list[torch.Tensor]] | None = None
         self._num_open = 0
+        self._failures: set[asyncio.Future[Results]] = set()
         self._leave_at: float | None = None
 
     @property
@@ -102,10 +105,13 @@ class TensorFront:
             self._changed.notify_all()
 
     def fail(self, message: str) -> None:
-        """The ranks have ended; the pipeline has told those who waited for it."""
-        del message
+        """The ranks have ended, or one hangs: no open request will be answered."""
         with self._changed:
             self._state = "failed"
+            failures = list(self._failures)
+        for failure in failures:
+            with contextlib.suppress(RuntimeError):  # The server has ended.
+                failure.get_loop().call_soon_threadsafe(_fail, failure, message)
 
     async def infer(self, samples: Sequence[Sample], timeout_s: float | None) -> Results:
         """Compute samples, in batches with those of others.
@@ -122,10 +128,12 @@ class TensorFront:
         with self._changed:
             check_ready(self._state)
             self._num_open += 1
+            failure: asyncio.Future[Results] = asyncio.get_running_loop().create_future()
+            self._failures.add(failure)
         started = time.monotonic()
         try:
             async with asyncio.timeout(timeout_s):
-                results = await self._compute(shapes, samples, timeout_s)
+                results = await _unless(failure, self._compute(shapes, samples, timeout_s))
         except TimeoutError:
             self._metrics.finished("timeout")
             raise ApiError(408, "the request took longer than its timeout") from None
@@ -138,6 +146,7 @@ class TensorFront:
         finally:
             with self._changed:
                 self._num_open -= 1
+                self._failures.discard(failure)
                 self._changed.notify_all()
         self._metrics.finished("completed", time.monotonic() - started)
         return results
@@ -197,6 +206,23 @@ class TensorFront:
         if self._leave_at is None:
             return False
         return not self._num_open or time.monotonic() >= self._leave_at
+
+
+def _fail(failure: "asyncio.Future[Results]", message: str) -> None:
+    if not failure.done():
+        failure.set_exception(ApiError(500, message))
+
+
+async def _unless(
+    failure: "asyncio.Future[Results]", work: Coroutine[Any, Any, Results]
+) -> Results:
+    """What `work` comes to, unless there is a failure before; nothing of it goes on after."""
+    computing = asyncio.ensure_future(work)
+    try:
+        await asyncio.wait({computing, failure}, return_when=asyncio.FIRST_COMPLETED)
+        return computing.result() if computing.done() else failure.result()
+    finally:
+        computing.cancel()
 
 
 class _ModelRaisedError(Exception):

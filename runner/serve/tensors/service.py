@@ -7,12 +7,15 @@ import torch
 
 from parallel.errors import ConfigError
 from runner.graph_planning import GraphJob
+from runner.joining import patience_s
 from runner.observe.gpu_monitor import GpuMonitor
 from runner.pipeline.batching_policy import BatchingPolicy
 from runner.pipeline.buckets import Buckets
 from runner.pipeline.rank import run_graph_rank
 from runner.serve.errors import ApiError
 from runner.serve.gpu_metrics import GpuMetrics
+from runner.serve.health import Health
+from runner.serve.rank_metrics import RankMetrics
 from runner.serve.service import Service
 from runner.serve.tensors.front import TensorFront
 from runner.serve.tensors.metrics import TensorMetrics
@@ -26,6 +29,8 @@ def tensor_service(job: GraphJob) -> Service:
     _check_limit(job)
     devices = plan.topology.devices if job.device_type == "cuda" else ()
     metrics.add(GpuMetrics(GpuMonitor(), devices))
+    health = Health(plan.topology.describe, patience_s(job))
+    metrics.add(RankMetrics(health, plan.topology))
     front = TensorFront(
         plan,
         BatchingPolicy.of(config.scheduler, is_batched=plan.is_batched),
@@ -39,8 +44,9 @@ def tensor_service(job: GraphJob) -> Service:
         front,
         (routes.router,),
         metrics,
+        health,
         ApiError.short_body,
-        run=lambda env: run_graph_rank(job, env, front.use),
+        run=lambda env: run_graph_rank(job, env, front.use, show=health.show),
     )
 
 

@@ -91,6 +91,62 @@ def test_long_prompts_run_in_chunks_beside_those_that_decode() -> None:
     assert step(scheduler) == [(1, 1), (2, 1), (3, 1)]
 
 
+def summaries(scheduler: Scheduler, count: int) -> list[tuple[int, int, str, tuple[int, ...]]]:
+    found = []
+    for _ in range(count):
+        step(scheduler)
+        last = scheduler.last_step
+        assert last is not None
+        found.append((last.num_sequences, last.num_tokens, last.cut, last.admitted))
+    return found
+
+
+def test_a_step_says_why_it_took_no_more() -> None:
+    scheduler = scheduler_of(max_num_seqs=2, max_num_batched_tokens=6)
+    assert scheduler.last_step is None
+    for request_id, prompt_len in ((1, 3), (2, 6), (3, 1)):
+        scheduler.add(request(request_id, prompt_len, 2))
+    assert summaries(scheduler, 3) == [
+        (2, 6, "tokens", (1, 2)),
+        (2, 4, "sequences", ()),
+        (2, 2, "all", (3,)),
+    ]
+    scheduler.schedule()
+    step(scheduler)
+    assert scheduler.last_step is None, "there was nothing to do"
+
+
+def test_a_step_that_lacks_blocks_says_so() -> None:
+    scheduler = scheduler_of(BlockPool(3, 4))
+    scheduler.add(request(1, 7, 2))
+    scheduler.add(request(2, 7, 2))
+    assert summaries(scheduler, 2) == [(1, 7, "blocks", (1,)), (1, 1, "blocks", ())]
+    assert summaries(scheduler, 1) == [(1, 7, "all", (2,))]
+
+
+def test_one_of_several_groups_leaves_the_others_their_share() -> None:
+    scheduler = scheduler_of(num_groups=2)
+    for request_id in (1, 2, 3, 4):
+        scheduler.add(request(request_id, 2, 3))
+    first, second = scheduler.schedule(), scheduler.last_step
+    assert (len(first), second and second.cut) == (2, "group")
+    assert len(scheduler.schedule()) == 2
+    assert scheduler.last_step is not None
+    assert (scheduler.last_step.cut, scheduler.last_step.admitted) == ("all", (3, 4))
+
+
+def test_who_gave_way_is_not_admitted_twice() -> None:
+    scheduler = scheduler_of(BlockPool(4, 2))
+    scheduler.add(request(1, 2, 6))
+    scheduler.add(request(2, 2, 6))
+    admitted: list[int] = []
+    while scheduler.has_work:
+        step(scheduler)
+        admitted += scheduler.last_step.admitted if scheduler.last_step else ()
+    assert scheduler.load().num_preempted > 0
+    assert admitted == [1, 2]
+
+
 def test_only_the_last_chunk_yields_a_token() -> None:
     scheduler = scheduler_of(max_num_batched_tokens=4)
     scheduler.add(request(5, 10, 2))
