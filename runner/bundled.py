@@ -11,6 +11,7 @@ from parallel.errors import ConfigError, IncompatibleError, ParityError
 from runner.bundle.bundle import Bundle
 from runner.bundle.host import Host
 from runner.bundle.layout import MODEL
+from runner.bundle.signature import check_signature
 from runner.config.load import load
 from runner.config.schema import RunnerConfig
 from runner.graph_planning import GraphJob
@@ -25,6 +26,8 @@ AT_RUN_TIME = {
         "observability.",
         "scheduler.max_num_seqs",
         "scheduler.max_queue_size",
+        "security.bundle_key",
+        "security.network_",
         "server.",
     ),
     "graph": (
@@ -35,6 +38,8 @@ AT_RUN_TIME = {
         "scheduler.max_queue_delay_ms",
         "scheduler.max_queue_size",
         "scheduler.preferred_batch_size",
+        "security.bundle_key",
+        "security.network_",
         "server.",
         "tiling",
     ),
@@ -57,7 +62,8 @@ def open_job(
         on_mismatch: what to do where it was compiled for another host.
 
     Raises:
-        IntegrityError: a file is absent, damaged or of another rank.
+        IntegrityError: a file is absent, damaged or of another rank, or the bundle is not signed as
+            `security.bundle_key` asks.
         IncompatibleError: it was compiled for another host.
         ParityError: it did not compute what the model computes.
         ConfigError: an override of what was compiled.
@@ -81,6 +87,8 @@ def open_job(
     below = Path(base["model"]["path"]).relative_to(MODEL)
     base["model"] = {**base["model"], "path": str(bundle.model_folder / below)}
     config = load(None, base=base, overrides=overrides).config
+    if config.security.bundle_key:
+        check_signature(path, Path(config.security.bundle_key))
     if bundle.plan.kind == "decoder":
         _check_num_seqs(config, bundle)
     here = _host(config, bundle)

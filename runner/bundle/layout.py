@@ -4,6 +4,7 @@ from pathlib import Path
 
 MANIFEST = "manifest.json"
 REPORT = "report.json"
+SIGNATURE = "manifest.json.sig"
 MODEL = "model"
 WEIGHTS = "weights"
 ARTEFACTS = "artefacts"

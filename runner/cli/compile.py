@@ -54,8 +54,11 @@ def compile_model(
     from runner.bundle.layout import MANIFEST
     from runner.bundle.replacement import check_target
     from runner.cli.compile_text import summary
+    from runner.cli.preflight import check_model
     from runner.jobs import prepare
 
+    if target is None:
+        check_model(loaded, compiles=True)
     if target is not None:
         _check_may_target(target, loaded.config, no_run=no_run)
     job = prepare(loaded.config)
