@@ -3,10 +3,14 @@ its failures which rank it was. What it does then is the business of the engine,
 compiler.
 """
 
+import logging
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from parallel.annotate import Annotate, for_nsight, for_torch, unnamed
 from parallel.collectives import broadcast_bytes
@@ -16,6 +20,9 @@ from parallel.faults import as_rank_error
 from parallel.launch import RankEnv
 from parallel.progress import Doing, ProgressBoard, ProgressWriter
 from runner.job import Job
+from runner.observe.numa import cores_near
+
+_LOG = logging.getLogger(__name__)
 
 _COLLECTIVE_TIMEOUT_S = {"cuda": 30.0, "cpu": 600.0}
 """A rank waits for the ranks before it, and a CPU may take minutes over a step."""
@@ -102,6 +109,25 @@ def patience_s(job: Job) -> float:
     """How long a rank may take over one thing before it counts as stalled."""
     timeout_s = job.config.distributed.collective_timeout_s
     return timeout_s or _COLLECTIVE_TIMEOUT_S[job.device_type]
+
+
+def confine(job: Job, context: ParallelContext) -> None:
+    """Keep a rank on a GPU to its share, so that another job beside it loses nothing.
+
+    Its memory ends where `kv_cache.gpu_memory_utilization` says, whatever it asks for, and its
+    threads run on the cores next to the GPU.
+    """
+    if context.device.type != "cuda":
+        return
+    share = job.config.kv_cache.gpu_memory_utilization
+    torch.cuda.set_per_process_memory_fraction(share, context.device)
+    gpu: Any = torch.cuda.get_device_properties(context.device)  # its stub lacks the bus
+    bus_id = f"{gpu.pci_domain_id:04x}:{gpu.pci_bus_id:02x}:{gpu.pci_device_id:02x}.0"
+    allowed = os.sched_getaffinity(0)
+    cores = cores_near(bus_id) & allowed
+    if cores and cores != allowed:
+        os.sched_setaffinity(0, cores)
+        _LOG.debug("rank %d runs on %d cores near %s", context.rank, len(cores), bus_id)
 
 
 def annotation(job: Job) -> Annotate:

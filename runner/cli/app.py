@@ -14,12 +14,14 @@ import typer
 from parallel.errors import InternalError, RankLostError, ShardlineError
 from parallel.launch import Failure, Interrupted, RankEnv, adopt, report
 from runner.cli.bench import bench
+from runner.cli.bundle import bundle
 from runner.cli.compile import compile_model
 from runner.cli.doctor import doctor
 from runner.cli.generate import generate
 from runner.cli.import_model import import_model
 from runner.cli.inspect import inspect
 from runner.cli.plan import plan
+from runner.cli.preflight import ask_for_preflight
 from runner.cli.run import run
 from runner.cli.serve import health, serve
 
@@ -38,7 +40,12 @@ def _global_options(
     debug: bool = typer.Option(
         False, "--debug", help="Print the traceback of an error, and what each rank compiled."
     ),
+    preflight: bool = typer.Option(
+        False, "--preflight", help="Check first whether this host has what the command needs."
+    ),
 ) -> None:
+    if preflight:
+        ask_for_preflight()
     if debug:
         os.environ["SHARDLINE_DEBUG"] = "1"
     if "SHARDLINE_DEBUG" in os.environ:
@@ -58,6 +65,7 @@ app.command("serve")(serve)
 app.command("health")(health)
 app.command("inspect")(inspect)
 app.add_typer(bench, name="bench")
+app.add_typer(bundle, name="bundle")
 
 
 def main() -> None:

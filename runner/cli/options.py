@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from runner.job import Job
 
 
+class NetworkGuard(StrEnum):
+    """What becomes of Python's connections to other hosts."""
+
+    OFF = "off"
+    WARN = "warn"
+    STRICT = "strict"
+
+
 class OnMismatch(StrEnum):
     """What to do with a bundle whose artefacts cannot run on this host."""
 
@@ -52,15 +60,35 @@ def _model_options(
         int | None, typer.Option("--max-model-len", help="Most tokens of prompt and completion.")
     ] = None,
     device: Annotated[str | None, typer.Option("--device", help="auto, cpu or cuda.")] = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            "--devices",
+            metavar="LIST",
+            help="GPUs that the job sees, with commas between: indices, UUIDs or MIG ids.",
+        ),
+    ] = None,
+    network_guard: Annotated[
+        NetworkGuard | None,
+        typer.Option(
+            "--network-guard",
+            help="Connections to other hosts: off, warn (report), strict (refuse).",
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Option("--set", metavar="A.B=VALUE", help="Override a key of the configuration."),
     ] = None,
 ) -> "LoadedConfig":
-    """Merge file, flags and `--set`; see `runner.config.load.load` for what it raises."""
+    """Merge file, flags and `--set`; see `runner.config.load.load` for what it raises.
+
+    From here on the process is guarded and sees the GPUs that the options say.
+    """
+    from runner.cli.surroundings import guard, show_devices
     from runner.config.load import load
     from runner.config.settings import Flag
 
+    show_devices(devices)
     given: dict[str, tuple[str, str | int | None]] = {
         "model.path": ("--model", model),
         "parallel.tensor_parallel_size": ("--tensor-parallel-size", tensor_parallel_size),
@@ -69,9 +97,12 @@ def _model_options(
         "model.load_format": ("--load-format", load_format),
         "model.max_model_len": ("--max-model-len", max_model_len),
         "parallel.device": ("--device", device),
+        "security.network_guard": ("--network-guard", network_guard and network_guard.value),
     }
     flags = {key: Flag(name, value) for key, (name, value) in given.items()}
-    return load(config, flags=flags, overrides=overrides or ())
+    loaded = load(config, flags=flags, overrides=overrides or ())
+    guard(loaded.config)
+    return loaded
 
 
 def _job_options(
@@ -99,13 +130,21 @@ def _job_options(
         ParityError: the bundle failed its check.
         IncompatibleError: the bundle was compiled for another host.
     """
+    from runner.cli.preflight import check_bundle, check_model
+    from runner.cli.surroundings import guard, show_devices
     from runner.jobs import prepare
 
     if bundle is None and (accept_parity or on_mismatch is not OnMismatch.FAIL):
         raise ConfigError("--accept-parity and --on-mismatch are about a bundle; give --bundle DIR")
     if bundle is None:
-        return prepare(_model_options(**model).config)
-    if given := [name for name, value in model.items() if value and name != "overrides"]:
+        loaded = _model_options(**model)
+        check_model(loaded)
+        return prepare(loaded.config)
+    overrides = list(model.pop("overrides") or ())
+    if mode := model.pop("network_guard"):
+        overrides.append(f"security.network_guard={mode.value}")
+    show_devices(model.pop("devices"))
+    if given := [name for name, value in model.items() if value]:
         option = "--" + given[0].replace("_", "-")
         raise ConfigError(
             f"{option} cannot be used with --bundle, which holds a model as it was compiled; "
@@ -113,12 +152,15 @@ def _job_options(
         )
     from runner.bundled import open_job
 
-    return open_job(
+    check_bundle(bundle)
+    job = open_job(
         bundle,
-        overrides=model["overrides"] or (),
+        overrides=overrides,
         accept_parity=accept_parity,
         on_mismatch=on_mismatch.value,
     )
+    guard(job.config)
+    return job
 
 
 def with_model_options(command: Callable[..., None]) -> Callable[..., None]:

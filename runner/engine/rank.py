@@ -18,7 +18,7 @@ from runner.engine.scheduler import Output, Scheduler
 from runner.engine.stage_runner import StageRunner
 from runner.engine.step_profile import StepProfile
 from runner.engine.token_exchange import TokenExchange
-from runner.joining import annotation, as_rank, join
+from runner.joining import annotation, as_rank, confine, join
 from runner.planning import DecoderJob
 
 _LOG = logging.getLogger(__name__)
@@ -69,6 +69,7 @@ def run_rank(
         show(phase.board)
         context = join(job, env, phase, setup_timeout_s=patience_s)
         show(phase.board)
+        confine(job, context)
         phase.progress.enter(Doing.LOADING)
         context = context.annotated(for_torch if profile else annotation(job))
         if context.device.type == "cuda":

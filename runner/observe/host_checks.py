@@ -126,6 +126,16 @@ def judge_home_dir(directory: Directory, *, in_container: bool) -> Finding:
     return _judge_directory("home_dir", directory, severe="warning", fix=fix)
 
 
+def judge_cache_dir(directory: Directory, *, uid: int) -> Finding:
+    """Where the image keeps the caches of compilers and drivers: it has to be writable."""
+    path = directory.path
+    fix = (
+        f"docker run -v shardline-cache:{path}   (or a folder of this user's: chown {uid} FOLDER; "
+        f"compose: volumes: [shardline-cache:{path}])"
+    )
+    return _judge_directory("cache", directory, severe="error", fix=fix)
+
+
 def judge_passwd(uid: int, *, gid: int, has_line: bool, required: bool) -> Finding:
     """A line for the uid in the user database; `torch_tensorrt` crashes at import without one."""
     if has_line:

@@ -13,7 +13,7 @@ from parallel.launch import RankEnv
 from parallel.progress import Doing, ProgressBoard
 from runner.compiler.counter import compilations
 from runner.graph_planning import GraphJob
-from runner.joining import annotation, as_rank, join
+from runner.joining import annotation, as_rank, confine, join
 from runner.pipeline.check import check_sharded, must_check
 from runner.pipeline.follower import follow
 from runner.pipeline.loading import load_worker
@@ -73,6 +73,7 @@ def run_graph_rank(
         show(phase.board)
         context = join(job, env, phase, setup_timeout_s=patience_s).annotated(annotation(job))
         show(phase.board)
+        confine(job, context)
         phase.progress.enter(Doing.LOADING)
         phase.name = "loading the model"
         worker = load_worker(job, context)

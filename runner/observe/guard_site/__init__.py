@@ -1,0 +1,1 @@
+"""What is put before Python's path in processes whose network is guarded."""
