@@ -1,7 +1,9 @@
 """`shardline serve`: a model behind an HTTP API; `shardline health`: ask how it is."""
 
 import sys
+from dataclasses import replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,7 +18,14 @@ if TYPE_CHECKING:
 
 
 @with_job_options("decoder", "graph")
-def serve(*, job: "DecoderJob | GraphJob") -> None:
+def serve(
+    *,
+    job: "DecoderJob | GraphJob",
+    uds: Annotated[
+        Path | None,
+        typer.Option("--uds", metavar="PATH", help="Listen at a Unix socket, not at a port."),
+    ] = None,
+) -> None:
     """Serve a model over HTTP until SIGTERM or Ctrl-C; open requests are finished.
 
     A language model is behind OpenAI's API, a tensor model behind the Open Inference Protocol
@@ -33,6 +42,9 @@ def serve(*, job: "DecoderJob | GraphJob") -> None:
         raise PreflightError(
             f"serve needs {error.name}; install the extra: pip install 'shardline[serve]'"
         ) from None
+    if uds is not None:
+        server = job.config.server.model_copy(update={"uds": str(uds)})
+        job = replace(job, config=job.config.model_copy(update={"server": server}))
     if adopt() is None:
         check_server(job)
         say_what_runs(job)
@@ -41,17 +53,23 @@ def serve(*, job: "DecoderJob | GraphJob") -> None:
 
 def health(
     url: Annotated[
-        str, typer.Option("--url", help="Where the server listens.")
-    ] = "http://127.0.0.1:8000",
+        str | None,
+        typer.Option(
+            "--url",
+            help="Where the server listens: http://HOST:PORT, or unix:PATH; else where the server "
+            "of this container said, or http://127.0.0.1:8000.",
+        ),
+    ] = None,
     timeout_s: Annotated[float, typer.Option("--timeout", help="Seconds to wait.")] = 5.0,
 ) -> None:
     """Ask a server whether it is ready; ends with 0 if it is, and 1 if not."""
-    from urllib.error import URLError
-    from urllib.request import urlopen
+    from http.client import HTTPException
+
+    from runner.serve.address import ask, known_address
 
     try:
-        with urlopen(f"{url.rstrip('/')}/health/ready", timeout=timeout_s) as answer:
-            typer.echo(answer.read().decode())
-    except (URLError, OSError, ValueError) as error:
-        typer.echo(f"not ready: {error}", err=True)
-        sys.exit(1)
+        status, text = ask(url or known_address(), "/health/ready", timeout_s=timeout_s)
+    except (OSError, ValueError, HTTPException) as error:
+        status, text = 0, f"{type(error).__name__}: {error}"
+    typer.echo(text if status == 200 else f"not ready: {text}", err=status != 200)
+    sys.exit(0 if status == 200 else 1)

@@ -14,7 +14,11 @@ from threading import Thread
 from parallel.errors import StalledError
 from parallel.launch import Failure, RankEnv, report
 from parallel.progress import Progress, ProgressBoard
+from runner.job import Job
+from runner.joining import patience_s
 
+_TOLD_AFTER_S = {"cuda": 15.0, "cpu": 300.0}
+"""Half of what a collective may take, which ends the job."""
 _LOOK_S = 0.5
 _GRACE_S = 1.0
 """How long a collective that passed the same limit has to end its rank in order."""
@@ -40,15 +44,26 @@ class Stall:
 class Health:
     """What is known of the ranks."""
 
-    def __init__(self, describe: Callable[[int], str], patience_s: float) -> None:
+    def __init__(
+        self, describe: Callable[[int], str], *, told_after_s: float, patience_s: float
+    ) -> None:
         """
         Args:
             describe: a rank's name for messages.
-            patience_s: how long a rank may be at one thing.
+            told_after_s: how long a rank may be at one thing before health says that it stalls.
+            patience_s: and how long before the job ends for it.
         """
         self.describe = describe
-        self._patience_s = patience_s
+        self.patience_s = patience_s
+        self._told_after_s = min(told_after_s, patience_s)
         self._board: ProgressBoard | None = None
+
+    @classmethod
+    def of(cls, job: Job) -> "Health":
+        """With the patience that the configuration says."""
+        told_after_s = job.config.server.stall_timeout_s or _TOLD_AFTER_S[job.device_type]
+        describe = job.plan.topology.describe
+        return cls(describe, told_after_s=told_after_s, patience_s=patience_s(job))
 
     def show(self, board: ProgressBoard) -> None:
         """From now on this is known."""
@@ -59,12 +74,17 @@ class Health:
         board = self._board
         return [board.read(rank) for rank in range(board.num_ranks)] if board else []
 
-    def stalls(self, *, grace_s: float = 0.0) -> list[Stall]:
-        """Ranks that do not go on, the one that has stood still the longest first."""
+    def stalls(self, *, after_s: float | None = None) -> list[Stall]:
+        """Ranks that do not go on, the one that has stood still the longest first.
+
+        Args:
+            after_s: how long they have been at one thing; None: as long as is to be told.
+        """
+        limit_s = self._told_after_s if after_s is None else after_s
         found = []
         for rank, progress in enumerate(self.ranks()):
             quiet_s = progress.quiet_s()
-            if quiet_s is not None and quiet_s > self._patience_s + grace_s:
+            if quiet_s is not None and quiet_s > limit_s:
                 found.append(Stall(rank, self.describe(rank), progress, quiet_s))
         return sorted(found, key=lambda stall: stall.progress.since_ns)
 
@@ -78,7 +98,7 @@ def watch(health: Health, env: RankEnv, fail: Callable[[str], None]) -> None:
     """
 
     def look() -> None:
-        while not (stalls := health.stalls(grace_s=_GRACE_S)):
+        while not (stalls := health.stalls(after_s=health.patience_s + _GRACE_S)):
             time.sleep(_LOOK_S)
         fail(f"the engine has stalled: {stalls[0]}")
         faulthandler.dump_traceback(all_threads=True)

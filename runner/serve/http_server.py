@@ -1,32 +1,88 @@
 """The web server in a thread of its own, beside the engine's."""
 
+import os
 import socket
 from collections.abc import Iterator
 from contextlib import contextmanager
+from errno import EADDRINUSE
+from pathlib import Path
 from threading import Thread
 
 import uvicorn
 from starlette.types import ASGIApp
 
 from parallel.errors import ConfigError
+from runner.config.schema import ServerConfig
 
+_BACKLOG = 2048
 _LAST_WORDS_S = 2
 """How long answers that are under way have to be sent at the end."""
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(config: ServerConfig) -> socket.socket:
     """A socket that clients can connect to.
 
     Raises:
         ConfigError: the address is taken, or none of this host's.
     """
+    if config.uds is not None:
+        return _listen_unix(Path(config.uds))
+    host, port = config.host, config.port
     try:
-        return socket.create_server((host, port), family=_family(host), backlog=2048)
+        return socket.create_server((host, port), family=_family(host), backlog=_BACKLOG)
     except OSError as error:
         raise ConfigError(
             f"server: cannot listen at {host} port {port} ({error.strerror or error}); use another "
-            "--port or --host"
+            "server.port or server.host"
         ) from None
+
+
+def address_of(listener: socket.socket) -> str:
+    """As clients are told it: http://HOST:PORT, or unix:PATH."""
+    if listener.family == socket.AF_UNIX:
+        return f"unix:{listener.getsockname()}"
+    host, port = listener.getsockname()[:2]
+    return f"http://{f'[{host}]' if ':' in host else host}:{port}"
+
+
+def forget(address: str) -> None:
+    """Leave no file of a Unix socket."""
+    if address.startswith("unix:"):
+        Path(address.removeprefix("unix:")).unlink(missing_ok=True)
+
+
+def _listen_unix(path: Path) -> socket.socket:
+    """At a file, which whoever may write to it may connect to: that is left to its folder."""
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        _remove_left_over(path)
+        listener.bind(str(path))
+        path.chmod(0o666)
+        listener.listen(_BACKLOG)
+    except OSError as error:
+        listener.close()
+        raise ConfigError(
+            f"server: cannot listen at {path} ({error.strerror or error}); use a path of at most "
+            "107 bytes, in a folder that can be written, that no other server has"
+        ) from None
+    return listener
+
+
+def _remove_left_over(path: Path) -> None:
+    """The file of a server that was killed; one that answers keeps its own.
+
+    Raises:
+        OSError: a server answers there, or it is no socket.
+    """
+    if not path.is_socket():
+        return
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as asking:
+        try:
+            asking.connect(str(path))
+        except ConnectionRefusedError:
+            path.unlink()
+            return
+    raise OSError(EADDRINUSE, os.strerror(EADDRINUSE))
 
 
 @contextmanager

@@ -2,7 +2,6 @@
 
 from runner.engine.rank import run_rank
 from runner.engine.request_maker import RequestMaker
-from runner.joining import patience_s
 from runner.observe.gpu_monitor import GpuMonitor
 from runner.planning import DecoderJob
 from runner.serve.bodies import ChatRequest, CompletionRequest
@@ -35,7 +34,7 @@ def language_service(job: DecoderJob) -> Service:
     monitor = GpuMonitor()
     gpus = GpuMetrics(monitor, job.plan.topology.devices if job.device_type == "cuda" else ())
     metrics.add(gpus)
-    health = Health(job.plan.topology.describe, patience_s(job))
+    health = Health.of(job)
     metrics.add(RankMetrics(health, job.plan.topology))
     status = StatusRoutes(job, front, metrics, monitor, gpus, model=model)
     return Service(

@@ -9,10 +9,12 @@ from runner.engine.rank import run_rank
 from runner.graph_planning import GraphJob
 from runner.pipeline.rank import run_graph_rank
 from runner.planning import DecoderJob
+from runner.serve.address import tell_address
 from runner.serve.app import make_app
 from runner.serve.guard import read_key
+from runner.serve.guard_metrics import GuardMetrics
 from runner.serve.health import watch
-from runner.serve.http_server import listen, serving
+from runner.serve.http_server import address_of, forget, listen, serving
 from runner.serve.language import language_service
 from runner.serve.service import Service
 from runner.serve.tensors.service import tensor_service
@@ -34,21 +36,21 @@ def serve_rank(job: DecoderJob | GraphJob, env: RankEnv) -> None:
         return
     config, service = job.config.server, _service(job)
     app = make_app(service, config)
-    listener = listen(config.host, config.port)
+    service.metrics.add(GuardMetrics())
+    listener = listen(config)
     drain = partial(service.front.drain, config.shutdown_timeout_s)
     with serving(app, listener), first_signal_calls(drain):
-        host, port = listener.getsockname()[:2]
-        print(
-            f"shardline: serving {service.model} at http://{host}:{port}",
-            file=sys.stderr,
-            flush=True,
-        )
+        address = address_of(listener)
+        tell_address(address)
+        print(f"shardline: serving {service.model} at {address}", file=sys.stderr, flush=True)
         watch(service.health, env, service.front.fail)
         try:
             service.run(env)
         except BaseException as error:
             service.front.fail(f"the engine has ended: {error}")
             raise
+        finally:
+            forget(address)
 
 
 def check_server(job: DecoderJob | GraphJob) -> None:
@@ -60,7 +62,8 @@ def check_server(job: DecoderJob | GraphJob) -> None:
     """
     read_key(job.config.server.api_key_file)
     _service(job)
-    listen(job.config.server.host, job.config.server.port).close()
+    with listen(job.config.server) as listener:
+        forget(address_of(listener))
 
 
 def _service(job: DecoderJob | GraphJob) -> Service:

@@ -7,7 +7,6 @@ import torch
 
 from parallel.errors import ConfigError
 from runner.graph_planning import GraphJob
-from runner.joining import patience_s
 from runner.observe.gpu_monitor import GpuMonitor
 from runner.pipeline.batching_policy import BatchingPolicy
 from runner.pipeline.buckets import Buckets
@@ -29,7 +28,7 @@ def tensor_service(job: GraphJob) -> Service:
     _check_limit(job)
     devices = plan.topology.devices if job.device_type == "cuda" else ()
     metrics.add(GpuMetrics(GpuMonitor(), devices))
-    health = Health(plan.topology.describe, patience_s(job))
+    health = Health.of(job)
     metrics.add(RankMetrics(health, plan.topology))
     front = TensorFront(
         plan,

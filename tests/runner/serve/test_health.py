@@ -10,14 +10,14 @@ from runner.serve.health import Health
 from runner.serve.rank_metrics import RankMetrics, bubble
 
 
-def health_of(board: ProgressBoard, patience_s: float = 0.1) -> Health:
-    health = Health(lambda rank: f"rank {rank}", patience_s)
+def health_of(board: ProgressBoard, patience_s: float = 5.0) -> Health:
+    health = Health(lambda rank: f"rank {rank}", told_after_s=0.1, patience_s=patience_s)
     health.show(board)
     return health
 
 
 def test_nothing_is_known_before_there_is_a_board() -> None:
-    health = Health(str, 1.0)
+    health = Health(str, told_after_s=1.0, patience_s=1.0)
     assert (health.ranks(), health.stalls()) == ([], [])
     assert list(RankMetrics(health, Topology.of([1])).collect()) == []
 
@@ -33,9 +33,18 @@ def test_the_rank_that_stood_still_first_is_named_first() -> None:
     stalls = health.stalls()
     assert [stall.rank for stall in stalls] == [2, 0]
     assert str(stalls[0]) == "rank 2: no progress for 0 s while computing its stage"
-    assert health.stalls(grace_s=5.0) == []
+    assert health.stalls(after_s=health.patience_s) == []
     board.writer(2).enter(Doing.AWAITING)
     assert [stall.rank for stall in health.stalls()] == [0]
+
+
+def test_health_tells_no_later_than_the_job_ends() -> None:
+    board = ProgressBoard.alone(1)
+    board.writer(0).enter(Doing.COMPUTING)
+    time.sleep(0.02)
+    health = Health(str, told_after_s=60.0, patience_s=0.01)
+    health.show(board)
+    assert len(health.stalls()) == 1
 
 
 def test_the_bubble_is_what_ranks_did_not_compute() -> None:

@@ -1,0 +1,133 @@
+"""A server at a Unix socket, asked by `health` and by clients; and the guard, as a job says it."""
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import httpx
+import numpy as np
+import pytest
+from checkpoints import add_tokenizer
+from processes import run_command, start_command
+
+pytestmark = [pytest.mark.dist, pytest.mark.timeout(400)]
+
+
+@pytest.fixture(scope="module")
+def model(checkpoint: Callable[[str], Path]) -> Path:
+    return add_tokenizer(checkpoint("llama"))
+
+
+@contextmanager
+def serving(model: Path, path: Path, *options: str) -> Iterator["subprocess.Popen[str]"]:
+    process = start_command(
+        "serve", "--model", str(model), "--device", "cpu", "--uds", str(path), *options
+    )
+    try:
+        deadline = time.monotonic() + 150
+        while run_command("health", "--url", f"unix:{path}").returncode != 0:
+            assert process.poll() is None, process.communicate()[1]
+            assert time.monotonic() < deadline
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def test_clients_come_by_the_socket_and_its_file_goes_with_the_server(
+    model: Path, tmp_path: Path
+) -> None:
+    path = tmp_path / "s"
+    with serving(model, path, "-pp", "2") as process:
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
+            body = {"prompt": "a", "max_tokens": 3}
+            answer = client.post("http://x/v1/completions", json=body, timeout=60)
+        assert answer.status_code == 200, answer.text
+        again = run_command("serve", "--model", str(model), "--device", "cpu", "--uds", str(path))
+        assert again.returncode == 2
+        assert f"cannot listen at {path} (Address already in use)" in again.stderr
+        assert path.is_socket(), "the first server still has it"
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(60) == 0
+    assert not path.exists()
+    asked = run_command("health", "--url", f"unix:{path}")
+    assert (asked.returncode, asked.stderr.startswith("not ready: FileNotFoundError")) == (1, True)
+
+
+def test_the_socket_of_a_server_that_was_killed_is_taken_over(model: Path, tmp_path: Path) -> None:
+    path = tmp_path / "s"
+    with serving(model, path) as process:
+        process.kill()
+        process.wait()
+        assert path.is_socket()
+    with serving(model, path):
+        pass
+
+
+def test_a_path_that_cannot_be_listened_at(model: Path, tmp_path: Path) -> None:
+    for path in (tmp_path / "absent" / "s", tmp_path / ("x" * 120)):
+        done = run_command("serve", "--model", str(model), "--device", "cpu", "--uds", str(path))
+        assert done.returncode == 2
+        assert f"cannot listen at {path}" in done.stderr
+
+
+FACTORY = """
+import socket, torch
+
+def model():
+    try:
+        socket.create_connection(("192.0.2.1", 9), timeout=1)
+    except OSError:
+        pass  # as many libraries do
+    return torch.nn.Linear(4, 2)
+"""
+
+
+def test_a_factory_that_hides_its_refusal_is_still_reported(tmp_path: Path) -> None:
+    (tmp_path / "calls_home.py").write_text(FACTORY)
+    plan = {
+        "version": 1,
+        "model": {
+            "path": str(tmp_path),
+            "factory": "calls_home:model",
+            "factory_path": str(tmp_path),
+            "load_format": "dummy",
+            "inputs": [{"name": "x", "shape": ["batch", 4]}],
+        },
+        "security": {"factories": ["calls_home:model"], "network_guard": "strict"},
+    }
+    (tmp_path / "plan.yaml").write_text(json.dumps(plan))
+    np.save(tmp_path / "x.npy", np.ones(4, np.float32))
+    report = tmp_path / "report.jsonl"
+    done = run_command(
+        *("run", "--config", str(tmp_path / "plan.yaml"), "--device", "cpu"),
+        *(str(tmp_path / "x.npy"), "--output", str(tmp_path / "out")),
+        *("--set", f"security.network_report={report}"),
+    )
+    assert done.returncode == 0, done.stderr
+    assert "the network guard refused a connection to 192.0.2.1 port 9" in done.stderr
+    events = [json.loads(line) for line in report.read_text().splitlines()]
+    assert events[0]["guard"] == "strict"
+    assert any("calls_home.py" in frame for frame in events[1]["stack"])
+
+
+@pytest.mark.parametrize(
+    ("listed", "said"),
+    [("0,x", "'x' is no GPU"), ("1,1", "is given twice"), ("", "'' is no GPU")],
+)
+def test_devices_that_are_none(model: Path, listed: str, said: str) -> None:
+    given = ["--model", str(model), "--devices", listed, "--prompt", "a"]
+    done = run_command("generate", *given)
+    assert done.returncode == 2
+    assert said in done.stderr
+
+
+def test_devices_are_what_torch_sees(model: Path) -> None:
+    """Without a GPU none is seen, whatever is listed; the ranks run on the CPU."""
+    given = ["--model", str(model), "--devices", "GPU-12ab-34,MIG-9f,3", "--device", "cpu"]
+    done = run_command("generate", *given, "--prompt", "a", "--max-tokens", "1")
+    assert done.returncode == 0, done.stderr
