@@ -157,6 +157,13 @@ class ServerConfig(Section):
     port: Annotated[int, Field(ge=0, le=65535)] = 8000
     """Port to listen at; 0 means any that is free."""
 
+    uds: Text | None = None
+    """Unix socket to listen at in place of host and port; null means none."""
+
+    stall_timeout_s: Seconds | None = None
+    """Seconds without a step after which health says that the server stalls; null means 15 on GPUs
+    and 300 on a CPU."""
+
     model_name: Text | None = None
     """What clients call the model; null means the name of its folder."""
 
@@ -178,6 +185,17 @@ class SecurityConfig(Section):
 
     factories: list[Text] = Field(default=[])
     """Functions that `model.factory` may name; anything else is refused before it is imported."""
+
+    network_guard: Literal["off", "warn", "strict"] = "off"
+    """What becomes of Python's connections to other hosts: strict refuses and reports them, warn
+    reports them, off looks at none."""
+
+    network_report: Text | None = None
+    """File that the network guard appends to; null means a temporary one, if there are
+    any."""
+
+    bundle_key: Text | None = None
+    """File with the public key that a bundle must be signed by; null means none is asked for."""
 
 
 class ObservabilityConfig(Section):

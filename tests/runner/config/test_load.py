@@ -125,6 +125,8 @@ def test_origins_cover_every_key_in_the_order_of_the_schema() -> None:
         "tiling": "default",
         "server.host": "default",
         "server.port": "default",
+        "server.uds": "default",
+        "server.stall_timeout_s": "default",
         "server.model_name": "default",
         "server.api_key_file": "default",
         "server.max_request_bytes": "default",
@@ -132,6 +134,9 @@ def test_origins_cover_every_key_in_the_order_of_the_schema() -> None:
         "server.shutdown_timeout_s": "default",
         "observability.nvtx": "default",
         "security.factories": "default",
+        "security.network_guard": "default",
+        "security.network_report": "default",
+        "security.bundle_key": "default",
     }
     assert list(loaded.origins)[:3] == ["version", "model.path", "model.format"]
     assert loaded.config.parallel.pipeline_parallel_size == 2

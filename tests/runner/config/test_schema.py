@@ -87,6 +87,8 @@ def test_defaults_are_those_that_the_documentation_promises() -> None:
         "server": {
             "host": "127.0.0.1",
             "port": 8000,
+            "uds": None,
+            "stall_timeout_s": None,
             "model_name": None,
             "api_key_file": None,
             "max_request_bytes": 2097152,
@@ -94,7 +96,12 @@ def test_defaults_are_those_that_the_documentation_promises() -> None:
             "shutdown_timeout_s": 60.0,
         },
         "observability": {"nvtx": False},
-        "security": {"factories": []},
+        "security": {
+            "factories": [],
+            "network_guard": "off",
+            "network_report": None,
+            "bundle_key": None,
+        },
     }
 
 

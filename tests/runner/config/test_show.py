@@ -88,6 +88,8 @@ def test_each_value_stands_in_one_aligned_line_with_its_origin() -> None:
         "tiling                                  null                 default",
         'server.host                             "127.0.0.1"          default',
         "server.port                             8000                 default",
+        "server.uds                              null                 default",
+        "server.stall_timeout_s                  null                 default",
         "server.model_name                       null                 default",
         "server.api_key_file                     null                 default",
         "server.max_request_bytes                2097152              default",
@@ -95,6 +97,9 @@ def test_each_value_stands_in_one_aligned_line_with_its_origin() -> None:
         "server.shutdown_timeout_s               60.0                 default",
         "observability.nvtx                      false                default",
         "security.factories                      []                   default",
+        "security.network_guard                  off                  default",
+        "security.network_report                 null                 default",
+        "security.bundle_key                     null                 default",
     ]
 
 
