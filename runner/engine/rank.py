@@ -18,7 +18,7 @@ from runner.engine.scheduler import Output, Scheduler
 from runner.engine.stage_runner import StageRunner
 from runner.engine.step_profile import StepProfile
 from runner.engine.token_exchange import TokenExchange
-from runner.joining import annotation, as_rank, join
+from runner.joining import annotation, as_rank, join, spare_collector
 from runner.planning import DecoderJob
 
 _LOG = logging.getLogger(__name__)
@@ -81,6 +81,7 @@ def run_rank(
         phase.progress.enter(Doing.PREPARING)
         phase.name = "allocating the KV cache"
         engine = make_engine(job, stage_runner, front)
+        spare_collector()
         phase.name = "generating"
         loop(engine, front, profile)
         stage_runner.transfer.drain()
