@@ -10,6 +10,7 @@ The environment a rank is told of its place by is read and written in this file 
 import contextlib
 import ctypes
 import faulthandler
+import gc
 import json
 import os
 import selectors
@@ -191,6 +192,9 @@ def run_ranks(
         if drains:
             stack.enter_context(first_signal_calls(ranks[0].process.terminate))
         board = ProgressBoard(progress_fd, world_size)
+        # What the command has loaded is of no use to one that waits, but would be gone through by
+        # the garbage collector when it ends, for a second or more.
+        gc.freeze()
         _watch(ranks, partial(_describe, describe=describe, board=board))
 
 

@@ -3,6 +3,7 @@ its failures which rank it was. What it does then is the business of the engine,
 compiler.
 """
 
+import gc
 import logging
 import os
 from collections.abc import Iterator
@@ -103,6 +104,14 @@ def _shared_board(env: RankEnv, context: ParallelContext) -> ProgressBoard:
     told = None if fd is None else f"/proc/{os.getpid()}/fd/{fd}".encode()
     path = broadcast_bytes(told, 0, context.setup)
     return ProgressBoard.at(Path(path.decode()), env.world_size)
+
+
+def spare_collector() -> None:
+    """Let the garbage collector pass over all that was loaded, which stays to the end. Else it goes
+    through a million objects of libraries now and then in the middle of a step, and at the exit.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 def patience_s(job: Job) -> float:

@@ -64,6 +64,12 @@ class DecodeGraphs:
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._captured: dict[int, _Captured] = {}
 
+    def close(self) -> None:
+        """Let go of all that was captured."""
+        for captured in self._captured.values():
+            captured.graph.reset()
+        self._captured.clear()
+
     def __contains__(self, num_seqs: int) -> bool:
         return num_seqs in self._captured
 

@@ -18,7 +18,7 @@ from runner.engine.scheduler import Output, Scheduler
 from runner.engine.stage_runner import StageRunner
 from runner.engine.step_profile import StepProfile
 from runner.engine.token_exchange import TokenExchange
-from runner.joining import annotation, as_rank, confine, join
+from runner.joining import annotation, as_rank, confine, join, spare_collector
 from runner.planning import DecoderJob
 
 _LOG = logging.getLogger(__name__)
@@ -82,6 +82,7 @@ def run_rank(
         phase.progress.enter(Doing.PREPARING)
         phase.name = "allocating the KV cache"
         engine = make_engine(job, stage_runner, front)
+        spare_collector()
         phase.name = "generating"
         loop(engine, front, profile)
         stage_runner.close()

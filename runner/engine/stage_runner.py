@@ -1,6 +1,5 @@
 """One rank's stage at work: its module, its KV cache, and the transfers before and after it."""
 
-import gc
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -105,8 +104,8 @@ class StageRunner:
     def close(self) -> None:
         """Let go of what was captured: NCCL waits for it before it closes a communicator."""
         self.transfer.drain()
-        self._graphs = None
-        gc.collect()
+        if self._graphs:
+            self._graphs.close()
 
     def run(self, inputs: StepInputs) -> StepOutput | None:
         """Take the carry, run the stage, pass the carry on.

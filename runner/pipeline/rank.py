@@ -13,7 +13,7 @@ from parallel.launch import RankEnv
 from parallel.progress import Doing, ProgressBoard
 from runner.compiler.counter import compilations
 from runner.graph_planning import GraphJob
-from runner.joining import annotation, as_rank, confine, join
+from runner.joining import annotation, as_rank, confine, join, spare_collector
 from runner.pipeline.check import check_sharded, must_check
 from runner.pipeline.follower import follow
 from runner.pipeline.loading import load_worker
@@ -82,6 +82,7 @@ def run_graph_rank(
             phase.name = "comparing the shards with the whole model"
             run_worker(job, worker, context, partial(check_sharded, job) if use else None)
             worker.busy.reset()
+        spare_collector()
         phase.name = "running the pipeline"
         worker.progress = phase.progress
         report = run_worker(job, worker, context, use)

@@ -1,6 +1,5 @@
 """One rank's stage of a tensor model at work: its weights, its buffers, its segments."""
 
-import gc
 from collections.abc import Mapping, Sequence
 
 import torch
@@ -111,8 +110,9 @@ class StageWorker:
 
     def close(self) -> None:
         """Let go of what was captured: NCCL waits for it before it closes a communicator."""
+        for graph, _ in self._graphs.values():
+            graph.reset()
         self._graphs.clear()
-        gc.collect()
 
     def _compute(self, bucket: int, slot: int) -> Values:
         program = self.programs[bucket]
