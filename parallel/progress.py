@@ -27,11 +27,12 @@ class Doing(IntEnum):
     COMPUTING = 6
     SENDING = 7
     READING = 8
+    ENDING = 9
 
     @property
-    def has_begun(self) -> bool:
-        """Whether the rank steps, after which it must go on."""
-        return self >= Doing.AWAITING
+    def is_stepping(self) -> bool:
+        """Whether the rank is in its loop, and must go on."""
+        return Doing.AWAITING <= self < Doing.ENDING
 
     @property
     def words(self) -> str:
@@ -49,6 +50,7 @@ _WORDS = {
     Doing.COMPUTING: "computing its stage",
     Doing.SENDING: "sending to the next stage",
     Doing.READING: "waiting for a step's tokens",
+    Doing.ENDING: "ending",
 }
 
 
@@ -72,8 +74,8 @@ class Progress:
     num_compilations: int
 
     def quiet_s(self) -> float | None:
-        """How long it has been at the same thing; None before it steps."""
-        return (time.monotonic_ns() - self.since_ns) / 1e9 if self.doing.has_begun else None
+        """How long it has been at the same thing; None outside of its loop."""
+        return (time.monotonic_ns() - self.since_ns) / 1e9 if self.doing.is_stepping else None
 
 
 class ProgressBoard:

@@ -43,9 +43,9 @@ class Phase:
         self.sees(_board_of(env))
 
     def __str__(self) -> str:
-        """Once it steps, what its loop is at."""
+        """In its loop, what that is at."""
         doing = self.progress.doing
-        return doing.words if doing.has_begun else self.name
+        return doing.words if doing.is_stepping else self.name
 
     def sees(self, board: ProgressBoard) -> None:
         """From now on this board has what all ranks are at."""

@@ -102,6 +102,7 @@ def loop(engine: Engine, front: Front | None, profile: StepProfile | None = None
         message = front.next().encode() if front else None
         control = Control.decode(announcements.exchange(message))
         if control.leave:
+            progress.enter(Doing.ENDING)
             break
         if not engine.has_work:
             progress.begin_work()

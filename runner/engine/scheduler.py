@@ -12,7 +12,7 @@ into as many groups as there are stages.
 
 from collections import deque
 from dataclasses import dataclass, field
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from parallel.errors import DoesNotFitError
 from runner.engine.kv_blocks import BlockPool
@@ -21,8 +21,7 @@ from runner.engine.request import Request
 from runner.engine.sequence import FinishReason, Sequence
 
 
-@dataclass(frozen=True)
-class Scheduled:
+class Scheduled(NamedTuple):
     """A sequence's part in a step.
 
     Attributes:
@@ -38,12 +37,10 @@ class Scheduled:
     @classmethod
     def of(cls, sequence: Sequence, num_tokens: int) -> "Scheduled":
         """The next pending tokens."""
-        samples = num_tokens == sequence.num_pending
-        return cls(sequence, sequence.num_computed, num_tokens, samples)
+        return cls(sequence, sequence.num_computed, num_tokens, num_tokens == sequence.num_pending)
 
 
-@dataclass(frozen=True)
-class Output:
+class Output(NamedTuple):
     """A token that a step produced for a request."""
 
     request_id: int
@@ -101,9 +98,10 @@ class _Step:
     cut: Cut = "all"
 
     def put(self, sequence: Sequence) -> None:
-        part = Scheduled.of(sequence, min(sequence.num_pending, self.budget))
-        self.parts.append(part)
-        self.budget -= part.num_tokens
+        """Add the next pending tokens of a sequence."""
+        num_tokens = min(sequence.num_pending, self.budget)
+        self.parts.append(Scheduled.of(sequence, num_tokens))
+        self.budget -= num_tokens
 
 
 class Scheduler:
@@ -302,6 +300,8 @@ class Scheduler:
         if self._switch_rope(sequence):
             self._release(sequence)
         missing = self._pool.blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
+        if not missing:
+            return True  # The usual case.
         while (blocks := self._pool.take(missing)) is None:
             last = self._running.pop()
             self._num_preempted += 1

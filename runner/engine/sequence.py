@@ -64,6 +64,7 @@ class Sequence:
 
     def finish_reason(self) -> FinishReason | None:
         """Why the sequence is complete; None: it goes on."""
-        if self.num_generated and self.token_ids[-1] in self.request.stop_token_ids:
+        num_generated = self.num_generated
+        if num_generated and self.token_ids[-1] in self.request.stop_token_ids:
             return "stop"
-        return "length" if self.num_generated >= self.request.max_tokens else None
+        return "length" if num_generated >= self.request.max_tokens else None

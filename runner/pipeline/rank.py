@@ -98,11 +98,13 @@ def run_worker(
     """Drive the pipeline or follow it, with ranks that are ready."""
     if use is None:
         follow(worker, context)
+        worker.progress.enter(Doing.ENDING)
         _gather_busy(worker, context)
         return None
     pipeline = Pipeline(worker, context, is_batched=job.plan.is_batched)
     user = _User(use, pipeline)
     pipeline.drive()
+    worker.progress.enter(Doing.ENDING)
     # Before anything is raised: the others end well, whatever rank 0 met beside the pipeline.
     busy = _gather_busy(worker, context)
     user.finish()

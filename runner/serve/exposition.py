@@ -1,10 +1,15 @@
 """`Exposition`: metrics of one server in Prometheus' format. Which there are is its subclasses'."""
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from collections.abc import Sequence
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, generate_latest
 from prometheus_client.registry import Collector
+
+from runner.serve.distribution import Distribution
 
 PREFIX = "shardline"
 _SECONDS = (0.001, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1, 2, 5, 10, 20, 60, 120, 300)
+_SIZES = tuple(2**power for power in range(14))
 
 
 class Exposition:
@@ -21,13 +26,16 @@ class Exposition:
         """Tell what `collector` reads, too."""
         self._registry.register(collector)
 
-    def _seconds(self, name: str, says: str) -> Histogram:
-        full = f"{PREFIX}_{name}_seconds"
-        return Histogram(full, says, buckets=_SECONDS, registry=self._registry)
+    def _seconds(self, name: str, says: str) -> Distribution:
+        return self._distribution(f"{name}_seconds", says, _SECONDS)
 
-    def _sizes(self, name: str, says: str) -> Histogram:
-        sizes = [2**power for power in range(14)]
-        return Histogram(f"{PREFIX}_{name}", says, buckets=sizes, registry=self._registry)
+    def _sizes(self, name: str, says: str) -> Distribution:
+        return self._distribution(name, says, _SIZES)
+
+    def _distribution(self, name: str, says: str, bounds: Sequence[float]) -> Distribution:
+        made = Distribution(f"{PREFIX}_{name}", says, bounds)
+        self.add(made)
+        return made
 
     def _gauge(self, name: str, says: str) -> Gauge:
         return Gauge(f"{PREFIX}_{name}", says, registry=self._registry)

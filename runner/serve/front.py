@@ -170,19 +170,26 @@ class ServeFront:
     def take(self, outputs: list[Output]) -> None:
         """Add a step's tokens to their requests."""
         now = time.monotonic()
-        pieces = []
+        pieces: list[tuple[Ticket, Piece]] = []
+        first_s: list[float] = []
+        inter_s: list[float] = []
         with self._changed:
             for output in outputs:
-                # A request that was cancelled meanwhile still gets what was under way.
                 ticket = self._open.get(output.request_id)
-                if ticket and (piece := self._take(ticket, output, now)):
+                if ticket is None:
+                    continue  # It was cancelled while this was under way.
+                if ticket.last is None:
+                    first_s.append(now - ticket.arrived)
+                else:
+                    inter_s.append(now - ticket.last)
+                ticket.last = now
+                if piece := self._take(ticket, output, now):
                     pieces.append((ticket, piece))
+            if first_s or inter_s:
+                self._metrics.tokens(first_s, inter_s)
             put_all(pieces)
 
     def _take(self, ticket: Ticket, output: Output, now: float) -> Piece | None:
-        self._metrics.token(ticket, now)
-        ticket.first = ticket.first or now
-        ticket.last = now
         piece, stopped = ticket.take(output)
         if stopped:
             self._aborted.append(ticket.request_id)

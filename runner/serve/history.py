@@ -5,6 +5,7 @@ Written by the engine's thread, read by the server's. Not here: totals since the
 
 import time
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from threading import Lock
 from typing import Any
@@ -23,10 +24,10 @@ class Times:
     total_s: float = 0.0
     max_s: float = 0.0
 
-    def add(self, seconds: float) -> None:
-        self.count += 1
-        self.total_s += seconds
-        self.max_s = max(self.max_s, seconds)
+    def add(self, seconds: Sequence[float]) -> None:
+        self.count += len(seconds)
+        self.total_s += sum(seconds)
+        self.max_s = max(self.max_s, *seconds, 0.0)
 
 
 @dataclass
@@ -66,17 +67,18 @@ class History:
             slot.cache_usage = max(slot.cache_usage, load.cache_usage)
             self._load, self._moved_at = load, time.monotonic()
 
-    def token(self, seconds: float, *, is_first: bool) -> None:
-        """A request has got a token, so long after it came or after the token before."""
+    def tokens(self, first_s: Sequence[float], inter_s: Sequence[float]) -> None:
+        """Requests have got tokens, so long after they came or after the tokens before."""
         with self._lock:
             slot = self._slot()
-            slot.tokens += 1
-            (slot.first_token if is_first else slot.inter_token).add(seconds)
+            slot.tokens += len(first_s) + len(inter_s)
+            slot.first_token.add(first_s)
+            slot.inter_token.add(inter_s)
 
     def finished(self, seconds: float) -> None:
         """A request has been answered, so long after it came."""
         with self._lock:
-            self._slot().end_to_end.add(seconds)
+            self._slot().end_to_end.add([seconds])
 
     def failed(self) -> None:
         """A request was not answered."""

@@ -3,6 +3,8 @@
 Written by the engine's thread, read by the server's.
 """
 
+from collections.abc import Sequence
+
 from runner.engine.scheduler import Load, StepSummary
 from runner.serve.exposition import Exposition
 from runner.serve.history import History
@@ -65,13 +67,19 @@ class Metrics(Exposition):
         """A request has come out of the queue, so long after it came."""
         self._queued.observe(seconds)
 
-    def token(self, ticket: Ticket, now: float) -> None:
-        """A request gets a token; its times are those before it."""
-        self._generated.inc()
-        is_first = ticket.last is None
-        seconds = now - (ticket.arrived if ticket.last is None else ticket.last)
-        (self._first_token if is_first else self._inter_token).observe(seconds)
-        self.history.token(seconds, is_first=is_first)
+    def tokens(self, first_s: Sequence[float], inter_s: Sequence[float]) -> None:
+        """A step has given tokens to requests: first ones, and others.
+
+        Args:
+            first_s: since each of these requests came.
+            inter_s: since the token before.
+        """
+        self._generated.inc(len(first_s) + len(inter_s))
+        for seconds in first_s:
+            self._first_token.observe(seconds)
+        for seconds in inter_s:
+            self._inter_token.observe(seconds)
+        self.history.tokens(first_s, inter_s)
 
     def finished(self, reason: str, ticket: Ticket | None = None, now: float = 0.0) -> None:
         """A request has ended.

@@ -7,14 +7,14 @@ import contextlib
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from runner.engine.completion import Completion, CompletionText
 from runner.engine.scheduler import Output
 from runner.serve.errors import ApiError
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """What has been added to an answer.
 
     Attributes:
@@ -40,7 +40,7 @@ class Ticket:
     Attributes:
         loop: the server's, of which there is one.
         deadline: on `time.monotonic`'s clock; None: it may take any time.
-        arrived, first, last: when it came, and its first and latest tokens; on that clock.
+        arrived, last: when it came, and its latest token; on that clock.
     """
 
     text: CompletionText
@@ -48,7 +48,6 @@ class Ticket:
     loop: asyncio.AbstractEventLoop
     pieces: "asyncio.Queue[Piece]" = field(default_factory=asyncio.Queue)
     arrived: float = field(default_factory=time.monotonic)
-    first: float | None = None
     last: float | None = None
     _num_told: int = 0
 
@@ -67,9 +66,9 @@ class Ticket:
             What it adds to the answer, to be put, if that is certain yet; and whether a stop string
             ended what the engine would go on with.
         """
-        known = len(self.completion.text)
+        completion = self.text.completion
+        known = len(completion.text)
         stopped = self.text.take(output)
-        completion = self.completion
         tokens = range(self._num_told, len(completion.logprobs))
         piece = Piece(completion.text[known:], tokens, completion.finish_reason)
         if piece.text or piece.is_last:

@@ -42,6 +42,8 @@ class StopStrings:
         """
         if self.stopped:
             return "", True
+        if not self._automata:
+            return text, False
         buffer = self._held + text
         for end, char in enumerate(text, start=len(self._held) + 1):
             found = max((stop.advance(char) for stop in self._automata), default=0)

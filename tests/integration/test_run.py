@@ -261,7 +261,7 @@ def test_a_model_that_raises_on_one_rank_ends_the_job(folder: Path) -> None:
     np.save(folder / "in" / "large.npy", np.full(4, 10))
     failed = invoke(arguments(folder, "Table", IDS))
     assert getattr(failed.exception, "exit_code", None) == 8
-    assert str(failed.exception).startswith("IndexError while computing its stage")
+    assert str(failed.exception).startswith("IndexError while running the pipeline")
 
 
 def test_a_wrong_tp_plan_is_found_before_any_item_is_computed(folder: Path) -> None:

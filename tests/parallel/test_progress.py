@@ -48,6 +48,8 @@ def test_who_does_not_go_on_is_quiet() -> None:
     assert quiet_s >= 0.05
     row.enter(Doing.COMPUTING)
     assert (board.read(0).quiet_s() or 0.0) < quiet_s
+    row.enter(Doing.ENDING)
+    assert board.read(0).quiet_s() is None
 
 
 def test_time_without_work_is_not_active() -> None:

@@ -130,7 +130,8 @@ def build(
     with pytest.MonkeyPatch.context() as patch:
         if plant:
             plant(patch, context.rank)
-        return compile_together(recipe_of(job), context, Destination(out, **options or {}), Phase())
+        phase = Phase(RankEnv(context.rank, context.topology.world_size))
+        return compile_together(recipe_of(job), context, Destination(out, **options or {}), phase)
 
 
 def build_here(plan: Path, out: Path, *overrides: str, **options: Any) -> Outcome:

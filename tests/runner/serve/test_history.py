@@ -14,9 +14,8 @@ def test_slots_hold_sums_and_highest_values_and_grow_old(monkeypatch: pytest.Mon
     assert (kept.told()["load"], kept.told()["slots"]) == (None, [])
     kept.show(Load(3, 2, 0.5, 0, 10, 4))
     kept.show(Load(1, 0, 0.25, 0, 10, 4))
-    kept.token(0.5, is_first=True)
-    kept.token(0.1, is_first=False)
-    kept.token(0.3, is_first=False)
+    kept.tokens([0.5], [0.1])
+    kept.tokens([], [0.3])
     kept.finished(0.9)
     now += SLOT_S
     kept.failed()
