@@ -41,6 +41,8 @@ class Engine:
     stage_runner: StageRunner
     block_size: int
     exchange: TokenExchange
+    num_started: int = 0
+    """Steps, so far."""
     _under_way: deque[_UnderWay] = field(default_factory=deque)
 
     @property
@@ -96,6 +98,7 @@ class Engine:
 
     def _start(self, scheduled: list[Scheduled]) -> None:
         """Run this rank's stage; the first rank of the last one chooses."""
+        self.num_started += 1
         request_ids = (part.sequence.request.request_id for part in scheduled)
         with self.context.annotate("step of requests", request_ids):
             inputs = lay_out(scheduled, self.block_size, self.stage_runner.padding)

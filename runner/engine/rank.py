@@ -108,11 +108,13 @@ def loop(engine: Engine, front: Front | None, profile: StepProfile | None = None
             progress.begin_work()
         engine.admit(control)
         if profile and control.added:
+            engine.stage_runner.transfer.drain()
+            announcements.drain()
             profile.begin_round()
         if engine.has_work:
+            num_started = engine.num_started
             outputs = engine.step()
-            if profile:
-                engine.stage_runner.transfer.drain()
+            if profile and engine.num_started > num_started:
                 profile.end_step()
             if front:
                 front.take(outputs)
@@ -120,7 +122,10 @@ def loop(engine: Engine, front: Front | None, profile: StepProfile | None = None
         else:
             engine.rest()
     engine.drain()
+    engine.stage_runner.transfer.drain()
     announcements.drain()
+    if profile:
+        profile.close()
 
 
 def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None) -> Engine:

@@ -23,26 +23,31 @@ class StepProfile:
         self._file = file
         self._rounds_before = round_index
         self._num_steps = num_steps
+        supported = supported_activities()  # type: ignore[no-untyped-call]
+        self._activities = supported & {ProfilerActivity.CPU, ProfilerActivity.CUDA}
         self._recording: profile | None = None
 
     def begin_round(self) -> None:
-        """Requests have arrived that no step has seen yet."""
-        self._finish()
+        """Requests have arrived that no step has seen yet, and nothing of the round before is on
+        its way between ranks.
+        """
+        self.close()
         if self._rounds_before == 0:
-            supported = supported_activities()  # type: ignore[no-untyped-call]
-            wanted = {ProfilerActivity.CPU, ProfilerActivity.CUDA}
-            self._recording = profile(activities=wanted & supported)
+            self._recording = profile(activities=self._activities)
             self._recording.start()
         self._rounds_before -= 1
 
     def end_step(self) -> None:
-        """A step's tokens are on the host, so its kernels have ended; so have its transfers."""
+        """A step has been started. After the last that is recorded the profiler only takes note of
+        what began before: a transfer may end later than it, and writes into its memory then.
+        """
         if self._recording:
             self._num_steps -= 1
             if self._num_steps == 0:
-                self._finish()
+                self._recording.toggle_collection_dynamic(False, self._activities)
 
-    def _finish(self) -> None:
+    def close(self) -> None:
+        """Write what was recorded, if anything; nothing that began then is still on its way."""
         if self._recording:
             time.sleep(_SETTLE_S)
             self._recording.stop()

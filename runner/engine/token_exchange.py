@@ -23,6 +23,7 @@ class TokenExchange:
         """All ranks must do this together."""
         self.source = context.topology.ranks(context.topology.last_stage)[0]
         self._group = context.world.process_group
+        self._annotate = context.annotate
         self._device = context.device
         is_gpu = context.device.type == "cuda"
         self._stream = torch.cuda.Stream(context.device) if is_gpu else None  # type: ignore[no-untyped-call]
@@ -40,7 +41,8 @@ class TokenExchange:
         if self._group is None:
             return _to_host(chosen)
         chosen = chosen.clone()
-        work = dist.broadcast(chosen, self.source, group=self._group, async_op=True)
+        with self._annotate("broadcast"):
+            work = dist.broadcast(chosen, self.source, group=self._group, async_op=True)
         read = _to_host(chosen)
 
         def read_when_sent() -> list[int]:
@@ -53,7 +55,7 @@ class TokenExchange:
         """The next numbers that are sent, so many; on the other ranks."""
 
         def receive() -> list[int]:
-            with torch.cuda.stream(self._stream):
+            with self._annotate("broadcast"), torch.cuda.stream(self._stream):
                 tokens = torch.empty(count, dtype=torch.int64, device=self._device)
                 dist.broadcast(tokens, self.source, group=self._group)
                 return _to_host(tokens)()

@@ -60,7 +60,8 @@ def test_a_trace_of_every_rank_names_what_it_did(model: Path, tmp_path: Path) ->
         for name in shared if stage == 0 else alone:
             assert len(found[name]) >= 3, (rank, name)
             assert is_within(found[name], step), (rank, name)
-        assert len(found["broadcast"]) >= 3
+        # Tokens of the third step are read after it.
+        assert len(found["broadcast"]) >= 2
         assert not found.keys() & set(alone if stage == 0 else shared)
 
     told = done.stderr.splitlines()[-2:]

@@ -16,6 +16,7 @@ def steps_of(file: Path, *, rounds: int, steps: int, max_steps: int) -> list[str
             with for_torch("step", [round_, step]):
                 pass
             profile.end_step()
+    profile.close()
     events = json.loads(file.read_text())["traceEvents"]
     return [event["name"] for event in events if event.get("cat") == "user_annotation"]
 
