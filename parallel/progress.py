@@ -28,6 +28,7 @@ class Doing(IntEnum):
     SENDING = 7
     READING = 8
     ENDING = 9
+    COMPILING = 10
 
     @property
     def is_stepping(self) -> bool:
@@ -51,6 +52,7 @@ _WORDS = {
     Doing.SENDING: "sending to the next stage",
     Doing.READING: "waiting for a step's tokens",
     Doing.ENDING: "ending",
+    Doing.COMPILING: "compiling",
 }
 
 

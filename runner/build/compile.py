@@ -11,6 +11,7 @@ from typing import Any
 
 from parallel.context import ParallelContext
 from parallel.launch import RankEnv
+from parallel.progress import Doing
 from runner.build.ahead import build_ahead, count_processes
 from runner.build.built import Built
 from runner.build.choice import AUTO, Chooser
@@ -106,6 +107,7 @@ def compile_together(
 def _begin(context: ParallelContext, phase: Phase, name: str) -> None:
     """Enter a phase; rank 0 tells of it."""
     phase.name = name
+    phase.progress.enter(Doing.COMPILING)
     if context.rank == 0:
         announce(name)
 

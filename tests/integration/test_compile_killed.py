@@ -112,7 +112,9 @@ def test_a_killed_rank_ends_the_compile_and_the_next_one_makes_the_same_bundle(
     os.kill(rank_pid(str(out), 1), signal.SIGKILL)
     _, errors = job.communicate(timeout=60)
     assert job.returncode == 8
-    assert errors.splitlines()[-1].endswith("rank 1 (stage 0, tp rank 1): killed by SIGKILL")
+    assert errors.splitlines()[-1].endswith(
+        "rank 1 (stage 0, tp rank 1): killed by SIGKILL while compiling"
+    )
     assert wait_until_gone(str(out), timeout_s=GONE_WITHIN_S) == []
     assert not out.exists()
     assert "is an unfinished bundle; finish it: shardline compile" in complaint_of_generate(out)

@@ -214,7 +214,7 @@ def test_a_killed_rank_is_named_and_memory_is_free(cut: str, rank: int, text_mod
     exit_code, line = ends(job, text_model, within_s=EXIT_WITHIN_S)
     assert exit_code == 8
     assert line.startswith(f"shardline: rank {rank} (")
-    assert line.endswith("killed by SIGKILL")
+    assert "killed by SIGKILL" in line
     deadline = time.monotonic() + 2
     while time.monotonic() < deadline:
         after = used_bytes()
