@@ -4,7 +4,7 @@ from typing import Any
 
 from runner.cli.bench_text import number
 from runner.cli.table import table
-from runner.drawing.plan_words import plural
+from runner.drawing.words import plural
 
 _LATENCIES = ("ttft", "tpot", "itl", "e2e")
 _COLUMNS = ("mean", "median", "p90", "p95", "p99")

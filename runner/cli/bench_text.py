@@ -3,7 +3,7 @@
 from typing import Any
 
 from runner.cli.table import table
-from runner.drawing.plan_words import plural
+from runner.drawing.words import plural
 
 _RATES = ("gb_per_s", "share_of_bandwidth", "tflop_per_s", "share_of_matmul_rate")
 _RATE_TITLES = ("GB/s>", "share>", "TFLOP/s>", "share>")

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from runner.cli.table import table
-from runner.drawing.plan_words import plural
+from runner.drawing.words import plural
 
 if TYPE_CHECKING:
     from runner.build.built import Built

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from parallel.autoplan import H200, Candidate, ranked
 from parallel.fit import Fit, RankFit, format_bytes
 from runner.cli.table import table
-from runner.drawing.plan_words import plural
+from runner.drawing.words import plural
 
 _FIT_COLUMNS = ("rank>", "needs>", "room for KV>", "KV tokens>", "sequences>", "verdict")
 _CANDIDATE_COLUMNS = (

@@ -10,7 +10,7 @@ from parallel.graph_fit import GraphFit
 from parallel.plan import RankPlan
 from runner.cli.table import table
 from runner.drawing.graph_words import format_time
-from runner.drawing.plan_words import plural
+from runner.drawing.words import plural
 
 if TYPE_CHECKING:
     from runner.pipeline.measure import Measured

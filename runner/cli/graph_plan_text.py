@@ -10,7 +10,8 @@ from parallel.graph_plan import GraphPlan, GraphStagePlan
 from parallel.plan import Carry, RankPlan
 from runner.cli.table import table
 from runner.drawing.graph_words import ends_of, flops_share, format_time, passed_stages
-from runner.drawing.plan_words import headline, plural
+from runner.drawing.plan_words import headline
+from runner.drawing.words import plural
 
 if TYPE_CHECKING:
     from runner.pipeline.measure import Measured

@@ -12,7 +12,8 @@ from runner.bundle.layout import MODEL, artefact_folder, cache_folder, weights_f
 from runner.bundle.manifest import Choice
 from runner.cli.graph_plan_text import buckets_line, describe_modules, outputs_line
 from runner.cli.table import table
-from runner.drawing.plan_words import condense, headline, plural
+from runner.drawing.plan_words import condense, headline
+from runner.drawing.words import plural
 
 _RANK_COLUMNS = ("rank>", "stage>", "tp rank>", "modules", "weights>", "caches>")
 _ARTEFACT_COLUMNS = ("backend", "ranks", "artefact", "size>")

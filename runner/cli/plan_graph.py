@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 from parallel.errors import ConfigError
 from runner.cli.plan_inputs import Gpus, refuse_given
-from runner.drawing.plan_words import plural
+from runner.drawing.words import plural
 
 if TYPE_CHECKING:
     from parallel.graph_fit import GraphFit

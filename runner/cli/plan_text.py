@@ -9,7 +9,8 @@ from parallel.fit import format_bytes
 from parallel.graph_plan import GraphPlan
 from parallel.plan import LocalTensor, ShardPlan
 from runner.cli.table import table
-from runner.drawing.plan_words import condense, headline, plural, span
+from runner.drawing.plan_words import condense, headline, span
+from runner.drawing.words import plural
 
 _RANK_COLUMNS = (
     "rank>",

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from runner.drawing.plan_words import plural
+from runner.drawing.words import plural
 
 if TYPE_CHECKING:
     from parallel.launch import RankEnv

@@ -9,7 +9,7 @@ import typer
 
 from parallel.errors import IntegrityError
 from runner.cli.ranks import run_graph_job
-from runner.drawing.plan_words import plural
+from runner.drawing.words import plural
 
 if TYPE_CHECKING:
     from runner.graph_planning import GraphJob

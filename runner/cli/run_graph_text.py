@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from parallel.graph_plan import GraphPlan
-from runner.drawing.plan_words import plural
+from runner.drawing.words import plural
 from runner.items.writing import Summary
 from runner.pipeline.batch_metrics import BatchSnapshot
 from runner.pipeline.rank import PipelineReport

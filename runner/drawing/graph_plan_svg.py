@@ -7,7 +7,7 @@ from parallel.graph_plan import GraphPlan
 from parallel.plan import Carry, RankPlan
 from runner.drawing.graph_words import ends_of, flops_share, format_time, passed_stages
 from runner.drawing.plan_picture import Picture, draw_picture, facts_of
-from runner.drawing.plan_words import plural
+from runner.drawing.words import plural
 
 _GAP = 230
 _MAX_CARRIES = 6

@@ -10,8 +10,9 @@ from xml.etree import ElementTree as ET
 
 from parallel.fit import format_bytes
 from parallel.plan import RankPlan, ShardPlan
-from runner.drawing.plan_words import headline, plural
+from runner.drawing.plan_words import headline
 from runner.drawing.svg_shapes import FONT, rect, text, width_of
+from runner.drawing.words import plural
 
 # Three of Okabe and Ito's colours, told apart with any kind of colour vision and in grey.
 _COLOURS = ("#0072B2", "#E69F00", "#009E73")

@@ -7,11 +7,7 @@ from parallel.fit import format_bytes
 from parallel.graph_plan import GraphPlan
 from parallel.plan import ShardPlan
 from parallel.slicing import Range
-
-
-def plural(count: int, noun: str) -> str:
-    """A count with its noun: `1 rank`, `8 ranks`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+from runner.drawing.words import plural
 
 
 def headline(plan: ShardPlan) -> str:

@@ -1,0 +1,6 @@
+"""Words that texts of all kinds share; imports nothing, so that a command may use it at once."""
+
+
+def plural(count: int, noun: str) -> str:
+    """A count with its noun: `1 rank`, `8 ranks`."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
