@@ -122,6 +122,7 @@ def test_origins_cover_every_key_in_the_order_of_the_schema() -> None:
         "distributed.init_timeout_s": "default",
         "distributed.build_timeout_s": "default",
         "distributed.collective_timeout_s": "default",
+        "distributed.all_reduce": "default",
         "tiling": "default",
         "server.host": "default",
         "server.port": "default",

@@ -82,6 +82,7 @@ def test_defaults_are_those_that_the_documentation_promises() -> None:
             "init_timeout_s": 300.0,
             "build_timeout_s": 7200.0,
             "collective_timeout_s": None,
+            "all_reduce": "auto",
         },
         "tiling": None,
         "server": {

@@ -85,6 +85,7 @@ def test_each_value_stands_in_one_aligned_line_with_its_origin() -> None:
         "distributed.init_timeout_s              300.0                default",
         "distributed.build_timeout_s             7200.0               default",
         "distributed.collective_timeout_s        null                 default",
+        "distributed.all_reduce                  auto                 default",
         "tiling                                  null                 default",
         'server.host                             "127.0.0.1"          default',
         "server.port                             8000                 default",
