@@ -103,7 +103,6 @@ class StageRunner:
 
     def close(self) -> None:
         """Let go of what was captured: NCCL waits for it before it closes a communicator."""
-        self.transfer.drain()
         if self._graphs:
             self._graphs.close()
 

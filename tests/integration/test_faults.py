@@ -4,13 +4,13 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import endless
 import pytest
-from checkpoints import add_tokenizer, make_checkpoint
-from processes import processes_naming, rank_pid, run_command, start_command, wait_until_gone
+from endless import make_endless
+from processes import processes_naming, rank_pid, run_command, wait_until_gone
 
 pytestmark = pytest.mark.dist
 
@@ -24,17 +24,7 @@ TORCHRUN = [
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model that can generate for minutes."""
-    folder = tmp_path_factory.mktemp("endless")
-    plain = {"rope_type": "default", "rope_theta": 10000.0}
-    make_checkpoint(
-        "llama",
-        folder,
-        vocab_size=300,
-        max_position_embeddings=200_000,
-        rope_parameters=plain,
-        eos_token_id=None,
-    )
-    return add_tokenizer(folder)
+    return make_endless(tmp_path_factory.mktemp("endless"))
 
 
 @pytest.fixture(autouse=True)
@@ -47,22 +37,14 @@ def _leave_nothing(model: Path) -> Iterator[None]:
 
 def generating(model: Path, *arguments: str) -> subprocess.Popen[str]:
     """A job of two ranks whose first text is out."""
-    common = ["generate", "--prompt", "Hello", "--device", "cpu", "-tp", "2"]
-    job = start_command(*common, "--model", str(model), *arguments)
-    assert job.stdout is not None
-    assert job.stdout.read(1)
-    return job
+    return endless.generating(model, "--device", "cpu", "-tp", "2", *arguments)
 
 
 def ends(
     job: subprocess.Popen[str], model: Path, *, within_s: float = EXIT_WITHIN_S
 ) -> tuple[int, str]:
-    """Exit code and last line of standard error, once the job and all its ranks are gone."""
-    started = time.monotonic()
-    _, errors = job.communicate(timeout=within_s)
-    left = wait_until_gone(str(model), timeout_s=within_s - (time.monotonic() - started))
-    assert left == []
-    return job.returncode, errors.splitlines()[-1]
+    """See `endless.ends`."""
+    return endless.ends(job, model, within_s=within_s)
 
 
 def test_killed_rank_is_named(model: Path) -> None:

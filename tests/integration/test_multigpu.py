@@ -4,7 +4,6 @@ that is lost takes the job down at once.
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -16,9 +15,9 @@ import pynvml
 import pytest
 import rank_jobs
 import torch
-from checkpoints import add_tokenizer, make_checkpoint
+from endless import ends, generating, make_endless
 from graph_jobs import CASES
-from processes import processes_naming, rank_pid, run_command, start_command, wait_until_gone
+from processes import processes_naming, rank_pid, run_command
 from rank_pool import RankPool
 
 from runner.text.tokenizer import Tokenizer
@@ -107,21 +106,13 @@ def test_a_divided_tensor_model_returns_what_the_model_returns(
 @pytest.fixture(scope="module")
 def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model that can generate for minutes."""
-    folder = tmp_path_factory.mktemp("endless")
-    plain = {"rope_type": "default", "rope_theta": 10000.0}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2}
-    make_checkpoint(
-        "llama",
-        folder,
-        vocab_size=300,
-        max_position_embeddings=200_000,
-        rope_parameters=plain,
-        eos_token_id=None,
+    return make_endless(
+        tmp_path_factory.mktemp("endless"),
         hidden_size=64,
         intermediate_size=96,
-        **heads,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
-    return add_tokenizer(folder)
 
 
 def generate(*more: str) -> list[str]:
@@ -176,16 +167,6 @@ def used_bytes() -> list[int]:
     return [int(pynvml.nvmlDeviceGetMemoryInfo(handle).used) for handle in handles]
 
 
-def generating(model: Path, *arguments: str) -> "subprocess.Popen[str]":
-    """A job of two GPUs whose first text is out."""
-    job = start_command(
-        *("generate", "--prompt", "Hello", "--device", "cuda", "--model", str(model)), *arguments
-    )
-    assert job.stdout is not None
-    assert job.stdout.read(1)
-    return job
-
-
 @pytest.fixture(autouse=True)
 def _leave_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
     """A test that fails must not spoil the next one."""
@@ -195,20 +176,11 @@ def _leave_nothing(request: pytest.FixtureRequest) -> Iterator[None]:
             os.kill(pid, signal.SIGKILL)
 
 
-def ends(job: "subprocess.Popen[str]", model: Path, *, within_s: float) -> tuple[int, str]:
-    """Exit code and last line, once all ranks are gone."""
-    started = time.monotonic()
-    _, errors = job.communicate(timeout=within_s)
-    left = wait_until_gone(str(model), timeout_s=within_s - (time.monotonic() - started))
-    assert left == []
-    return job.returncode, errors.splitlines()[-1]
-
-
 @pytest.mark.parametrize("cut", ["-tp", "-pp"])
 @pytest.mark.parametrize("rank", [0, 1])
 def test_a_killed_rank_is_named_and_memory_is_free(cut: str, rank: int, text_model: Path) -> None:
     before = used_bytes()
-    job = generating(text_model, cut, "2")
+    job = generating(text_model, "--device", "cuda", cut, "2")
     assert any(now > then + LEFT_BYTES for now, then in zip(used_bytes(), before, strict=True))
     os.kill(rank_pid(str(text_model), rank), signal.SIGKILL)
     exit_code, line = ends(job, text_model, within_s=EXIT_WITHIN_S)
@@ -228,7 +200,7 @@ def test_a_killed_rank_is_named_and_memory_is_free(cut: str, rank: int, text_mod
 def test_a_stalled_rank_is_named(cut: str, text_model: Path) -> None:
     timeout_s = 5
     setting = f"distributed.collective_timeout_s={timeout_s}"
-    job = generating(text_model, cut, "2", "--set", setting)
+    job = generating(text_model, "--device", "cuda", cut, "2", "--set", setting)
     os.kill(rank_pid(str(text_model), 1), signal.SIGSTOP)
     exit_code, line = ends(job, text_model, within_s=timeout_s + 2 * EXIT_WITHIN_S)
     assert exit_code == 9, line
