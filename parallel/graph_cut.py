@@ -78,12 +78,13 @@ def _best_path(
     best[0] = 0.0
     choices, stage = [], torch.empty_like(spans)
     for tp_size in tp_sizes:
-        torch.div(spans, tp_size, out=stage).add_(sends[:, None])
         if limit is None:
-            torch.maximum(stage, best, out=stage)
+            torch.div(spans, tp_size, out=stage).add_(sends[:, None])
+            best, choice = torch.maximum(stage, best, out=stage).min(dim=1)
         else:
-            stage = torch.where(stage > limit, torch.inf, best + sends[:, None])
-        best, choice = stage.min(dim=1)
+            is_slow = spans > ((limit - sends) * tp_size)[:, None]
+            best, choice = stage.copy_(best).masked_fill_(is_slow, torch.inf).min(dim=1)
+            best += sends
         choices.append(choice)
     end, boundaries = len(ends) - 1, []
     for choice in reversed(choices):

@@ -1,13 +1,16 @@
 """Tensor models at work on the ranks of a `RankPool`: small models, jobs of them, and streams."""
 
+import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import count
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from apply_jobs import TEXT_PLAN, VISION_PLAN, Text, Vision
 from batch_load import BatchLoad
@@ -17,7 +20,9 @@ from torch.utils import _pytree as pytree
 
 from parallel.collectives import all_gather_bytes
 from parallel.context import ParallelContext
+from parallel.launch import RankEnv
 from parallel.relay import Header, Order, Relay, wait_for
+from parallel.topology import Topology
 from runner.config.schema import RunnerConfig
 from runner.graph_planning import GraphJob
 from runner.items.listing import list_items
@@ -30,6 +35,7 @@ from runner.pipeline.loading import load_worker
 from runner.pipeline.offline import OfflineRun, outputs_of
 from runner.pipeline.pipeline import Pipeline
 from runner.pipeline.rank import PipelineReport, run_worker
+from runner.pipeline.stage_worker import StageWorker
 from runner.sources.tensor_model import TensorModel
 
 Sample = list[torch.Tensor]
@@ -286,24 +292,40 @@ def raise_in_use(context: ParallelContext, case: Case) -> str:
     return "ended"
 
 
-def raise_in_stage(case: Case, bad: int) -> tuple[str, list[str]]:
-    """On one rank: what `drive` raises when the batch `bad` breaks the model, and all answers."""
-    from parallel.launch import RankEnv
-    from parallel.topology import Topology
-
-    context = ParallelContext.open(Topology.of([1]), RankEnv(0, 1), device_type="cpu")
+def _alone(case: Case) -> tuple[GraphJob, StageWorker, Pipeline]:
+    """A pipeline of one rank, which is this process."""
     job = make_job(case, [1])
+    context = ParallelContext.open(Topology.of([1]), RankEnv(0, 1), device_type="cpu")
+    worker = load_worker(job, context)
+    return job, worker, Pipeline(worker, context, is_batched=True)
+
+
+def one_bad_batch(case: Case, bad: int) -> list[str]:
+    """On one rank: how each of four batches ends when the model raises on the batch `bad`."""
+    job, _, pipeline = _alone(case)
     batches = make_samples(job, [(0, 1)] * 4)
     batches[bad][0][0][...] = 99
-    worker = load_worker(job, context)
-    pipeline = Pipeline(worker, context, is_batched=True)
     futures = submit_all(pipeline, job, batches)
-    try:
+    pipeline.leave()
+    pipeline.drive()
+    return [type(future.exception(10)).__name__ for future in futures]
+
+
+def interrupt(case: Case, at: int) -> tuple[Pipeline, list[str]]:
+    """On one rank: a pipeline ended by Ctrl-C as the batch `at` of four begins; the answers."""
+    job, worker, pipeline = _alone(case)
+    futures = submit_all(pipeline, job, make_samples(job, [(0, 1)] * 4))
+    run, begun = worker.run, count()
+
+    def run_until(bucket: int, slot: int) -> dict[str, torch.Tensor]:
+        if next(begun) == at:
+            signal.raise_signal(signal.SIGINT)
+        return run(bucket, slot)
+
+    worker.run = run_until  # type: ignore[method-assign]
+    with pytest.raises(KeyboardInterrupt):
         pipeline.drive()
-        raised = "nothing"
-    except Exception as error:
-        raised = type(error).__name__
-    return raised, [type(future.exception(10)).__name__ for future in futures]
+    return pipeline, [type(future.exception(10)).__name__ for future in futures]
 
 
 def checked(

@@ -10,7 +10,6 @@ from graph_jobs import CASES, Case, expected_of, make_job, make_samples
 from rank_pool import RankPool
 
 from parallel.errors import RankLostError
-from runner.pipeline.pipeline import Pipeline
 
 pytestmark = pytest.mark.dist
 
@@ -111,26 +110,18 @@ def test_what_rank_0_raises_beside_the_pipeline_ends_all_ranks(
     assert ends == ["'mine'", *["ended"] * (len(ends) - 1)]
 
 
-def test_nobody_waits_on_when_the_pipeline_breaks() -> None:
-    raised, answers = graph_jobs.raise_in_stage(CASES["fails"], bad=1)
-    assert raised == "IndexError"
+def test_a_batch_that_raises_fails_alone_on_one_cpu_rank() -> None:
+    answers = graph_jobs.one_bad_batch(CASES["fails"], bad=1)
+    assert answers == ["NoneType", "IndexError", "NoneType", "NoneType"]
+
+
+def test_nobody_waits_on_when_the_pipeline_breaks_and_it_takes_nothing_more() -> None:
+    pipeline, answers = graph_jobs.interrupt(CASES["fails"], at=1)
     # The first batch was good; whether its result was back in time is nobody's promise.
     assert answers[0] in {"NoneType", "RankLostError"}
     assert answers[1:] == ["RankLostError"] * 3
-
-
-def test_a_broken_pipeline_takes_nothing_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    kept: list[Pipeline] = []
-    init = Pipeline.__init__
-
-    def keep(self: Pipeline, *args: object, **kwargs: object) -> None:
-        init(self, *args, **kwargs)  # type: ignore[arg-type]
-        kept.append(self)
-
-    monkeypatch.setattr(Pipeline, "__init__", keep)
-    graph_jobs.raise_in_stage(CASES["fails"], bad=0)
     with pytest.raises(RankLostError, match="ended before"):
-        kept[0].submit(0, [[torch.zeros(4, dtype=torch.int64)]])
+        pipeline.submit(0, [[torch.zeros(4, dtype=torch.int64)]])
 
 
 @pytest.mark.full
