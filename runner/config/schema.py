@@ -122,7 +122,8 @@ class DistributedConfig(Section):
     """Seconds that ranks which compile wait for one another."""
 
     collective_timeout_s: Seconds | None = None
-    """Seconds that one collective may take; null means 30 on GPUs and 600 on a CPU."""
+    """Seconds that one collective may take, and that a server's rank may be at one thing before the
+    job ends; null means 30 on GPUs and 600 on a CPU."""
 
     all_reduce: Literal["auto", "nccl", "one_shot"] = "auto"
     """How the GPUs of a stage add up small tensors: one_shot means by reading one another's memory

@@ -173,6 +173,12 @@ def test_many_at_once_get_what_each_gets_alone(model: Path) -> None:
     """On two stages of two ranks, with fewer places than requests."""
     cut = ["-tp", "2", "-pp", "2", "--set", "scheduler.max_num_seqs=16"]
     with Server.start(model, *cut) as server:
+        *starting, ready = server.startup
+        assert ready == {"status": "ready"}
+        assert {state["status"] for state in starting} == {"starting"}
+        at = [state["ranks"] for state in starting if state["ranks"]]
+        assert all(len(ranks) == 4 for ranks in at)
+        assert len({words for ranks in at for words in ranks}) > 1
         prompts = [f"{'x' * (n % 40)}{n}" for n in range(64)]
         alone = [
             complete(server, prompt, 4 + n % 9).choices[0].text for n, prompt in enumerate(prompts)
@@ -319,6 +325,10 @@ def test_a_full_queue_refuses_the_rest(model: Path) -> None:
         assert all(a.headers["retry-after"] == "1" for a in answers if a.status_code == 429)
         good = [a.json()["usage"]["completion_tokens"] for a in answers if a.status_code == 200]
         assert good == [150] * 3
+        # One waits for nobody, one for the first, one for two: half of what all of them took.
+        assert server.metric("request_queue_time_seconds_count") == 3
+        waited = server.metric("request_queue_time_seconds_sum")
+        assert 0.3 < waited / server.metric("e2e_request_latency_seconds_sum") < 0.6
 
 
 def asked(server: Server, prompt: str, max_tokens: int) -> httpx.Response:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
+from typing import Any
 
 import httpx
 from openai import OpenAI
@@ -23,10 +24,12 @@ class Server:
 
     Attributes:
         said: lines of its standard error so far.
+        startup: what `/health/startup` said until it was ready, each once.
     """
 
     process: "subprocess.Popen[str]"
     said: list[str] = field(default_factory=list)
+    startup: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
 
     @classmethod
@@ -73,7 +76,10 @@ class Server:
             assert self.process.poll() is None, "".join(self.said)
             if found := re.search(r" at (http://\S+)", "".join(self.said)):
                 self.url = found[1]
-                if httpx.get(f"{self.url}/health/ready").status_code == 200:
+                answer = httpx.get(f"{self.url}/health/startup")
+                if answer.json() not in self.startup:
+                    self.startup.append(answer.json())
+                if answer.status_code == 200:
                     return
             time.sleep(0.1)
         raise TimeoutError("".join(self.said))
