@@ -172,8 +172,8 @@ def run_ranks(
     Args:
         describe: a rank's name for messages, such as "rank 2 (stage 1, tp rank 0)".
         environment: what each rank gets beside this process's environment and its own place.
-        drains: the first SIGINT or SIGTERM is passed on to rank 0, which then ends the job in
-            its own time.
+        drains: once rank 0 is in its loop, the first SIGINT or SIGTERM is passed on to it, and it
+            ends the job in its own time; before that the job ends at once.
 
     Raises:
         ShardlineError: a rank failed; its message names the rank that failed first, its exit code
@@ -189,13 +189,21 @@ def run_ranks(
         stack.callback(_stop, ranks)
         for rank in range(world_size):
             ranks.append(_Rank.start(command, rank, world_size, listener, progress_fd, environment))
-        if drains:
-            stack.enter_context(first_signal_calls(ranks[0].process.terminate))
         board = ProgressBoard(progress_fd, world_size)
+        if drains:
+            stack.enter_context(first_signal_calls(partial(_drain, ranks[0], board)))
         # What the command has loaded is of no use to one that waits, but would be gone through by
         # the garbage collector when it ends, for a second or more.
         gc.freeze()
         _watch(ranks, partial(_describe, describe=describe, board=board))
+
+
+def _drain(rank: "_Rank", board: ProgressBoard, signum: int) -> None:
+    """Let rank 0 end the job, if it has begun to serve anybody."""
+    if board.read(rank.rank).doing.is_starting:
+        signal.raise_signal(signum)
+    else:
+        rank.process.terminate()
 
 
 def _describe(rank: int, *, describe: Callable[[int], str], board: ProgressBoard) -> _Named:
@@ -381,12 +389,14 @@ def signals_raise() -> contextlib.AbstractContextManager[None]:
     return _handling(interrupt)
 
 
-def first_signal_calls(act: Callable[[], object]) -> contextlib.AbstractContextManager[None]:
-    """The first SIGINT or SIGTERM calls `act`; the next does what it did before."""
+def first_signal_calls(act: Callable[[int], object]) -> contextlib.AbstractContextManager[None]:
+    """The first SIGINT or SIGTERM calls `act` with its number; the next, one of `act`'s own too,
+    does what it did before.
+    """
 
-    def first(_signum: int, previous: _Handlers) -> None:
+    def first(signum: int, previous: _Handlers) -> None:
         _handle(previous)
-        act()
+        act(signum)
 
     return _handling(first)
 

@@ -36,6 +36,22 @@ class Doing(IntEnum):
         return Doing.AWAITING <= self < Doing.ENDING
 
     @property
+    def is_starting(self) -> bool:
+        """Whether the rank has not come to its loop yet."""
+        return self in (
+            Doing.STARTING,
+            Doing.JOINING,
+            Doing.LOADING,
+            Doing.PREPARING,
+            Doing.COMPILING,
+        )
+
+    @property
+    def is_waiting(self) -> bool:
+        """Whether the rank may stand still because another one does."""
+        return self in (Doing.AWAITING, Doing.RECEIVING, Doing.READING)
+
+    @property
     def words(self) -> str:
         """For messages: the rank was stuck or killed while ..."""
         return _WORDS[self]

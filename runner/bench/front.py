@@ -6,6 +6,7 @@ from collections.abc import Callable
 from runner.bench.floor import DeviceLimits
 from runner.bench.rounds import Repeat, Round, Step
 from runner.bench.workload import Workload
+from runner.engine.completion import check_all_chosen
 from runner.engine.control import Control
 from runner.engine.scheduler import Output, Scheduler
 
@@ -64,6 +65,7 @@ class RoundsFront:
 
     def take(self, outputs: list[Output]) -> None:
         """The tokens of a step: they are on the host, so the devices are done with it."""
+        check_all_chosen(outputs)
         now = time.perf_counter()
         first = {output.request_id for output in outputs} - self._begun
         self._begun |= first

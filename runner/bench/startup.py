@@ -17,6 +17,7 @@ from typing import IO
 from parallel.errors import ShardlineError
 from parallel.launch import signals_raise
 from runner.bench.workload import Workload
+from runner.engine.completion import check_all_chosen
 from runner.engine.control import Control
 from runner.engine.scheduler import Output, Scheduler
 
@@ -70,6 +71,7 @@ class FirstTokenFront:
 
     def take(self, outputs: list[Output]) -> None:
         """The first tokens end the measurement."""
+        check_all_chosen(outputs)
         if outputs:
             self.ends.setdefault(FIRST_STEP, time.monotonic())
         self._unfinished -= sum(output.finish_reason is not None for output in outputs)

@@ -4,10 +4,11 @@ Turns tokens into text, finds stop strings, and tells a display of every piece o
 is certain. Not here: making the requests (`request_maker`).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from parallel.errors import ConfigError
 from runner.engine.control import Control
 from runner.engine.logprobs import TokenLogprobs
 from runner.engine.request import Request
@@ -38,6 +39,22 @@ class Completion:
     finish_reason: FinishReason | None = None
     logprobs: list[TokenLogprobs] = field(default_factory=list)
     offsets: list[int] = field(default_factory=list)
+
+
+NOT_FINITE_LOGITS = (
+    "the model's logits are not finite numbers; use --dtype bfloat16 or float32, or copy the "
+    "weights again"
+)
+
+
+def check_all_chosen(outputs: Iterable[Output]) -> None:
+    """For a command to which the failure of one request is its own.
+
+    Raises:
+        ConfigError: one has failed.
+    """
+    if any(output.failed for output in outputs):
+        raise ConfigError(NOT_FINITE_LOGITS)
 
 
 class CompletionText:
@@ -125,7 +142,12 @@ class BatchFront:
         return control
 
     def take(self, outputs: list[Output]) -> None:
-        """Turn a step's tokens into text."""
+        """Turn a step's tokens into text.
+
+        Raises:
+            ConfigError: there is no token to choose.
+        """
+        check_all_chosen(outputs)
         for output in outputs:
             text = self._open[output.request_id]
             if text.take(output):

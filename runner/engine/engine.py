@@ -8,12 +8,11 @@ from dataclasses import dataclass, field
 import torch
 
 from parallel.context import ParallelContext
-from parallel.errors import ConfigError, RankLostError
 from parallel.progress import Doing
 from runner.engine.batching import lay_out
 from runner.engine.control import Control
 from runner.engine.logprobs import pack, packed_length, unpack
-from runner.engine.sampler import NOT_FINITE, sample
+from runner.engine.sampler import sample
 from runner.engine.scheduler import Output, Scheduled, Scheduler
 from runner.engine.sequence import Sequence
 from runner.engine.stage_runner import StageRunner, StepOutput
@@ -114,26 +113,11 @@ class Engine:
         self._under_way.append(_UnderWay(scheduled, sequences, read))
 
     def _finish(self) -> list[Output]:
-        """Read and commit the oldest step.
-
-        Raises:
-            ConfigError: logits are not finite numbers; to the rank that chose.
-            RankLostError: the same, to the others.
-        """
+        """Read and commit the oldest step."""
         step = self._under_way.popleft()
         self.stage_runner.progress.enter(Doing.READING)
         message, num_tokens = step.read(), len(step.sampling)
         token_ids, packed = message[:num_tokens], message[num_tokens:]
-        if NOT_FINITE in token_ids:
-            if self.context.rank != self.exchange.source:
-                raise RankLostError(
-                    f"rank {self.exchange.source} could not choose a token", peer=True
-                )
-            dtype = str(self.stage_runner.stage.dtype).removeprefix("torch.")
-            raise ConfigError(
-                f"the model's logits are not finite numbers in {dtype}; "
-                "use --dtype bfloat16 or float32, or copy the weights again"
-            )
         logprobs = unpack(packed, step.sampling) if packed else None
         return self.scheduler.commit(step.scheduled, token_ids, logprobs)
 

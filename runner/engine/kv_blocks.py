@@ -43,23 +43,24 @@ class BlockPool:
         taken = list(islice(self._free, count))
         for block in taken:
             self._hold(block)
-            if key := self._key_of.pop(block, None):
-                del self._block_of[key]
+        self.forget(taken)
         return taken
 
-    def share(self, keys: Iterable[bytes]) -> list[int]:
+    def share(self, keys: Sequence[bytes]) -> list[int]:
         """The blocks of the longest beginning that is known, which others may hold, too.
 
         Args:
             keys: of a sequence's full blocks, in order; see `next_key`.
         """
-        found = []
-        for key in keys:
-            if (block := self._block_of.get(key)) is None:
-                break
+        found = [self._block_of[key] for key in keys[: self.count_known(keys)]]
+        for block in found:
             self._hold(block)
-            found.append(block)
         return found
+
+    def count_known(self, keys: Sequence[bytes]) -> int:
+        """How many blocks the longest beginning that is known has; see `share`."""
+        unknown = (index for index, key in enumerate(keys) if key not in self._block_of)
+        return next(unknown, len(keys))
 
     def give_back(self, blocks: Sequence[int]) -> None:
         """Let blocks go. What nobody holds is free, and still known while it is not taken.
@@ -78,6 +79,12 @@ class BlockPool:
         if key not in self._block_of:
             self._block_of[key] = block
             self._key_of[block] = key
+
+    def forget(self, blocks: Iterable[int]) -> None:
+        """Let nobody else take blocks for what they were published as."""
+        for block in blocks:
+            if key := self._key_of.pop(block, None):
+                del self._block_of[key]
 
     def _hold(self, block: int) -> None:
         self._free.pop(block, None)

@@ -10,7 +10,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import dataclass
 
 from parallel.errors import ConfigError, IntegrityError, ShardlineError
-from runner.engine.completion import Completion, CompletionText
+from runner.engine.completion import NOT_FINITE_LOGITS, Completion, CompletionText
 from runner.engine.control import Control
 from runner.engine.request import Request
 from runner.engine.request_maker import RequestMaker
@@ -100,11 +100,13 @@ class OfflineFront:
         self._model = model
         self._max_num_seqs = max_num_seqs
         self._max_model_len = max_model_len
-        self._reorder: Reorder[tuple[Prompt, Answer]] | None = Reorder() if in_order else None
+        self._reorder: Reorder[tuple[Prompt, Answer | None]] | None = (
+            Reorder() if in_order else None
+        )
         self._lines: Iterator[Prompt | BadLine] = iter(files)
         self._open: dict[int, _Open] = {}
         self._aborted: list[int] = []
-        self._num_begun = 0
+        self._num_begun = self._num_written = 0
         self._has_more = True
         self._error: ShardlineError | None = None
 
@@ -152,9 +154,9 @@ class OfflineFront:
         with self._leaving_on_error():
             for output in outputs:
                 text = self._open[output.request_id].text
-                if text.take(output):
+                if not output.failed and text.take(output):
                     self._aborted.append(output.request_id)
-                if text.completion.finish_reason:
+                if output.failed or text.completion.finish_reason:
                     self._finish(output.request_id)
 
     @contextmanager
@@ -181,7 +183,7 @@ class OfflineFront:
 
     def _has_room(self) -> bool:
         """Neither the engine nor what waits for its turn to be written may grow for ever."""
-        num_unwritten = self._num_begun - self.counts.answers
+        num_unwritten = self._num_begun - self._num_written
         return (
             len(self._open) < _BATCHES_IN_ENGINE * self._max_num_seqs
             and num_unwritten < BATCHES_HELD_BACK * self._max_num_seqs
@@ -194,8 +196,7 @@ class OfflineFront:
                 return self._make(line)
             except (ConfigError, IntegrityError) as error:
                 line = BadLine(line.place, line.id, str(error))
-        self.folder.record_failure(line)
-        self._progress.advance(failed=True)
+        self._fail(line)
         return None
 
     def _make(self, prompt: Prompt) -> Request:
@@ -214,18 +215,28 @@ class OfflineFront:
         return request
 
     def _finish(self, request_id: int) -> None:
-        """Write an answer, or those that waited for it, too."""
+        """Write what came of a prompt, or of those that waited for it, too."""
         opened = self._open.pop(request_id)
         found = (opened.prompt, _answer(opened.text.completion))
         ready = self._reorder.put(request_id, found) if self._reorder else [found]
         for prompt, answer in ready:
+            self._num_written += 1
+            if answer is None:
+                self._fail(BadLine(prompt.place, prompt.id, NOT_FINITE_LOGITS))
+                continue
             self.folder.write(result_of(prompt, answer, model=self._model))
             self.counts.add(answer)
             self._progress.advance()
         self.counts.seconds = time.monotonic() - self._started_s
 
+    def _fail(self, line: BadLine) -> None:
+        self.folder.record_failure(line)
+        self._progress.advance(failed=True)
 
-def _answer(completion: Completion) -> Answer:
-    assert completion.finish_reason is not None, "whoever calls this has looked"
+
+def _answer(completion: Completion) -> Answer | None:
+    """What is to be written; None: the model gave no token to go on with."""
+    if completion.finish_reason is None:
+        return None
     num_prompt, num_generated = len(completion.request.prompt_ids), len(completion.token_ids)
     return Answer(completion.text, completion.finish_reason, num_prompt, num_generated)

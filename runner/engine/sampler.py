@@ -11,10 +11,7 @@ import numpy as np
 import torch
 
 from runner.engine.request import SamplingParams
-from runner.engine.sequence import Sequence
-
-NOT_FINITE = -1
-"""In place of a token id: the row's logits are not finite numbers."""
+from runner.engine.sequence import NOT_FINITE, Sequence
 
 
 def choose_greedily(logits: torch.Tensor) -> torch.Tensor:

@@ -18,7 +18,7 @@ from parallel.errors import DoesNotFitError
 from runner.engine.kv_blocks import BlockPool
 from runner.engine.logprobs import TokenLogprobs
 from runner.engine.request import Request
-from runner.engine.sequence import FinishReason, Sequence
+from runner.engine.sequence import NOT_FINITE, FinishReason, Sequence
 
 
 class Scheduled(NamedTuple):
@@ -41,17 +41,23 @@ class Scheduled(NamedTuple):
 
 
 class Output(NamedTuple):
-    """A token that a step produced for a request."""
+    """A token that a step produced for a request, or that there is none and will be none."""
 
     request_id: int
     token_id: int
     finish_reason: FinishReason | None
     logprobs: TokenLogprobs | None = None
 
+    @property
+    def failed(self) -> bool:
+        """The model has given numbers that choose no token: the request has come to its end."""
+        return self.token_id == NOT_FINITE
 
-Cut = Literal["all", "group", "tokens", "sequences", "blocks"]
+
+Cut = Literal["all", "group", "tokens", "sequences", "blocks", "prefix"]
 """Why a step has no more: there was no more to do, the rest is for the other stages' steps, it has
-`max_num_batched_tokens`, `max_num_seqs` run, or the KV cache is full.
+`max_num_batched_tokens`, `max_num_seqs` run, the KV cache is full, or those that wait begin with
+what this step computes.
 """
 
 
@@ -90,11 +96,17 @@ class Load:
 
 @dataclass
 class _Step:
-    """A step that is being put together."""
+    """A step that is being put together.
+
+    Attributes:
+        fresh: keys of the blocks that it fills, which nobody can read before it is over.
+    """
 
     budget: int
+    block_size: int
     parts: list[Scheduled] = field(default_factory=list)
     admitted: list[int] = field(default_factory=list)
+    fresh: set[bytes] = field(default_factory=set)
     cut: Cut = "all"
 
     def put(self, sequence: Sequence) -> None:
@@ -102,6 +114,10 @@ class _Step:
         num_tokens = min(sequence.num_pending, self.budget)
         self.parts.append(Scheduled.of(sequence, num_tokens))
         self.budget -= num_tokens
+        end = sequence.num_computed + num_tokens
+        if end >= sequence.num_published + self.block_size:
+            keys = sequence.keys(end // self.block_size, self.block_size)
+            self.fresh.update(keys[sequence.num_published // self.block_size :])
 
 
 class Scheduler:
@@ -179,7 +195,7 @@ class Scheduler:
 
         Nothing, where all wait for the tokens of steps that are under way.
         """
-        step = _Step(self._max_num_batched_tokens)
+        step = _Step(self._max_num_batched_tokens, self._pool.block_size)
         if self._put_running(step):
             self._put_waiting(step)
         else:
@@ -212,7 +228,8 @@ class Scheduler:
         """Record what a step chose; steps are committed in the order of their scheduling.
 
         Args:
-            token_ids: one for each part of the step that samples, in the step's order.
+            token_ids: one for each part of the step that samples, in the step's order; NOT_FINITE
+                ends that sequence alone.
             logprobs: likewise; None: nobody asked.
         """
         outputs: list[Output] = []
@@ -221,6 +238,11 @@ class Scheduler:
         for sequence, token_id, told in zip(sampling, token_ids, logprobs, strict=True):
             sequence.awaits_token = False
             if sequence.is_over:
+                continue
+            if token_id == NOT_FINITE:
+                outputs.append(Output(sequence.request.request_id, token_id, None))
+                self._pool.forget(sequence.blocks)
+                self._finish(sequence)
                 continue
             sequence.token_ids.append(token_id)
             reason = sequence.finish_reason()
@@ -249,11 +271,14 @@ class Scheduler:
         return len(self._running) == num_running
 
     def _put_waiting(self, step: _Step) -> None:
-        """Admit those that came first."""
-        num_known = len(self._running) + len(self._waiting)
+        """Admit those that came first.
+
+        One that begins as this step's others do waits for the next step, in which that is known.
+        """
+        num_known, num_held = len(self._running) + len(self._waiting), 0
         most = self._share(min(num_known, self._max_num_seqs))
-        while step.budget and self._waiting:
-            first = self._waiting[0]
+        while step.budget and num_held < len(self._waiting):
+            first = self._waiting[num_held]
             if len(self._running) == self._max_num_seqs:
                 step.cut = "sequences"
                 return
@@ -261,14 +286,34 @@ class Scheduler:
             if len(step.parts) >= most or first.awaits_token:
                 step.cut = "group"
                 return
+            self._switch_rope(first)
+            if self._begins_with_fresh(first, step):
+                step.cut = "prefix"
+                num_held += 1
+                continue
             if not self._admit(first):
                 step.cut = "blocks"
                 return
-            self._running.append(self._waiting.popleft())
+            del self._waiting[num_held]
+            self._running.append(first)
             step.put(first)
             if not first.was_admitted:
                 step.admitted.append(first.request.request_id)
             first.was_admitted = True
+
+    def _begins_with_fresh(self, sequence: Sequence, step: _Step) -> bool:
+        """Whether the first block that it would have to compute is one that the step fills."""
+        if not step.fresh:
+            return False
+        keys = sequence.keys(self._num_sharable(sequence), self._pool.block_size)
+        num_known = self._pool.count_known(keys)
+        return num_known < len(keys) and keys[num_known] in step.fresh
+
+    def _num_sharable(self, sequence: Sequence) -> int:
+        """Blocks that may be another's: something must be left to compute, or there would be no
+        logits.
+        """
+        return (len(sequence.token_ids) - 1) // self._pool.block_size
 
     def _share(self, num_seqs: int) -> int:
         """How many of so many sequences make a group."""
@@ -276,10 +321,8 @@ class Scheduler:
 
     def _admit(self, sequence: Sequence) -> bool:
         """Give a sequence blocks for all its tokens, computed ones where they are known."""
-        self._switch_rope(sequence)
         block_size, num_tokens = self._pool.block_size, len(sequence.token_ids)
-        # Something must be left to compute, or there would be no logits.
-        keys = sequence.keys((num_tokens - 1) // block_size, block_size)
+        keys = sequence.keys(self._num_sharable(sequence), block_size)
         shared = self._pool.share(keys)
         others = self._pool.take(self._pool.blocks_for(num_tokens) - len(shared))
         if others is None:

@@ -8,6 +8,9 @@ from runner.engine.request import Request
 
 FinishReason = Literal["stop", "length"]
 
+NOT_FINITE = -1
+"""In place of a token id: the logits that were to choose it are not finite numbers."""
+
 
 @dataclass
 class Sequence:

@@ -9,7 +9,7 @@ import time
 from collections.abc import Sequence
 from threading import Condition
 
-from runner.engine.completion import Completion, CompletionText
+from runner.engine.completion import NOT_FINITE_LOGITS, Completion, CompletionText
 from runner.engine.control import Control
 from runner.engine.request import Request
 from runner.engine.request_maker import RequestMaker
@@ -178,6 +178,11 @@ class ServeFront:
                 ticket = self._open.get(output.request_id)
                 if ticket is None:
                     continue  # It was cancelled while this was under way.
+                if output.failed:
+                    del self._open[output.request_id]
+                    self._metrics.finished("error")
+                    pieces.append((ticket, Piece(error=ApiError(500, NOT_FINITE_LOGITS))))
+                    continue
                 if ticket.last is None:
                     first_s.append(now - ticket.arrived)
                 else:

@@ -74,9 +74,12 @@ class GpuMetrics(Collector):
         self._devices = devices
 
     def gpus(self) -> dict[int, Gpu]:
-        """The GPU of each rank that has one."""
+        """The GPU of each rank that has one; where the driver answers nothing, all are lost."""
+        inventory = self._monitor.read()
+        if inventory.driver == "broken":
+            return {n: Gpu(index, fault=inventory.reason) for n, index in enumerate(self._devices)}
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return gpus_of_ranks(self._monitor.read().gpus, self._devices, visible)
+        return gpus_of_ranks(inventory.gpus, self._devices, visible)
 
     def describe(self) -> list[GaugeMetricFamily]:
         """Nothing is read when this is registered."""

@@ -75,7 +75,8 @@ class Health:
         return [board.read(rank) for rank in range(board.num_ranks)] if board else []
 
     def stalls(self, *, after_s: float | None = None) -> list[Stall]:
-        """Ranks that do not go on, the one that has stood still the longest first.
+        """Ranks that do not go on: those that only wait for others last, else the one that has
+        stood still the longest first.
 
         Args:
             after_s: how long they have been at one thing; None: as long as is to be told.
@@ -86,7 +87,7 @@ class Health:
             quiet_s = progress.quiet_s()
             if quiet_s is not None and quiet_s > limit_s:
                 found.append(Stall(rank, self.describe(rank), progress, quiet_s))
-        return sorted(found, key=lambda stall: stall.progress.since_ns)
+        return sorted(found, key=lambda s: (s.progress.doing.is_waiting, s.progress.since_ns))
 
 
 def watch(health: Health, env: RankEnv, fail: Callable[[str], None]) -> None:
@@ -100,7 +101,8 @@ def watch(health: Health, env: RankEnv, fail: Callable[[str], None]) -> None:
     def look() -> None:
         while not (stalls := health.stalls(after_s=health.patience_s + _GRACE_S)):
             time.sleep(_LOOK_S)
-        fail(f"the engine has stalled: {stalls[0]}")
+        # In a thread of its own, for it may need what the loop holds that hangs.
+        Thread(target=fail, args=(f"the engine has stalled: {stalls[0]}",), daemon=True).start()
         faulthandler.dump_traceback(all_threads=True)
         time.sleep(_LAST_WORDS_S)
         is_own = stalls[0].rank == env.rank

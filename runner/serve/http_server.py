@@ -1,8 +1,9 @@
 """The web server in a thread of its own, beside the engine's."""
 
+import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from errno import EADDRINUSE
 from pathlib import Path
@@ -15,8 +16,8 @@ from parallel.errors import ConfigError
 from runner.config.schema import ServerConfig
 
 _BACKLOG = 2048
-_LAST_WORDS_S = 2
-"""How long answers that are under way have to be sent at the end."""
+LAST_WORDS_S = 2.0
+"""How long clients have at least to read what they are told at the end."""
 
 
 def listen(config: ServerConfig) -> socket.socket:
@@ -86,20 +87,28 @@ def _remove_left_over(path: Path) -> None:
 
 
 @contextmanager
-def serving(app: ASGIApp, listener: socket.socket) -> Iterator[None]:
-    """Answer clients while the body runs, and what is under way after it."""
-    config = uvicorn.Config(
-        app, log_level="warning", lifespan="off", timeout_graceful_shutdown=_LAST_WORDS_S
-    )
+def serving(
+    app: ASGIApp, listener: socket.socket, *, grace_s: Callable[[], float]
+) -> Iterator[None]:
+    """Answer clients while the body runs, and what is under way after it.
+
+    Args:
+        grace_s: called when the body has ended well: how long clients may take to read what is
+            complete; after an error they have `LAST_WORDS_S`.
+    """
+    config = uvicorn.Config(app, log_level="warning", lifespan="off")
     server = uvicorn.Server(config)
     # Signals are the engine's business; a server outside the main thread leaves them alone.
     thread = Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
     thread.start()
+    last_s = LAST_WORDS_S
     try:
         yield
+        last_s = grace_s()
     finally:
+        config.timeout_graceful_shutdown = math.ceil(last_s)
         server.should_exit = True
-        thread.join(_LAST_WORDS_S + 3)
+        thread.join(last_s + 3)
 
 
 def _family(host: str) -> socket.AddressFamily:

@@ -36,7 +36,7 @@ def language_service(job: DecoderJob) -> Service:
     metrics.add(gpus)
     health = Health.of(job)
     metrics.add(RankMetrics(health, job.plan.topology))
-    status = StatusRoutes(job, front, metrics, monitor, gpus, model=model)
+    status = StatusRoutes(job, front, metrics, monitor, gpus, health, model=model)
     return Service(
         model,
         front,

@@ -2,9 +2,9 @@
 
 import signal
 import sys
-from functools import partial
+import time
 
-from parallel.launch import RankEnv, first_signal_calls
+from parallel.launch import Interrupted, RankEnv, first_signal_calls
 from runner.engine.rank import run_rank
 from runner.graph_planning import GraphJob
 from runner.pipeline.rank import run_graph_rank
@@ -14,8 +14,9 @@ from runner.serve.app import make_app
 from runner.serve.guard import read_key
 from runner.serve.guard_metrics import GuardMetrics
 from runner.serve.health import watch
-from runner.serve.http_server import address_of, forget, listen, serving
+from runner.serve.http_server import LAST_WORDS_S, address_of, forget, listen, serving
 from runner.serve.language import language_service
+from runner.serve.lifecycle import Front
 from runner.serve.service import Service
 from runner.serve.tensors.service import tensor_service
 
@@ -38,8 +39,8 @@ def serve_rank(job: DecoderJob | GraphJob, env: RankEnv) -> None:
     app = make_app(service, config)
     service.metrics.add(GuardMetrics())
     listener = listen(config)
-    drain = partial(service.front.drain, config.shutdown_timeout_s)
-    with serving(app, listener), first_signal_calls(drain):
+    drain = _Drain(service.front, config.shutdown_timeout_s)
+    with serving(app, listener, grace_s=drain.left_s), first_signal_calls(drain.begin):
         address = address_of(listener)
         tell_address(address)
         print(f"shardline: serving {service.model} at {address}", file=sys.stderr, flush=True)
@@ -51,6 +52,30 @@ def serve_rank(job: DecoderJob | GraphJob, env: RankEnv) -> None:
             raise
         finally:
             forget(address)
+
+
+class _Drain:
+    """The end of a server that was told to end."""
+
+    def __init__(self, front: Front, timeout_s: float) -> None:
+        self._front = front
+        self._timeout_s = timeout_s
+        self._ends_at = 0.0
+
+    def begin(self, signum: int) -> None:
+        """Let open requests end; a server that is not ready has none.
+
+        Raises:
+            Interrupted: it ends at once.
+        """
+        if self._front.state == "starting":
+            raise Interrupted(signum)
+        self._ends_at = time.monotonic() + self._timeout_s
+        self._front.drain(self._timeout_s)
+
+    def left_s(self) -> float:
+        """How long clients may still take to read."""
+        return max(LAST_WORDS_S, self._ends_at - time.monotonic())
 
 
 def check_server(job: DecoderJob | GraphJob) -> None:

@@ -13,6 +13,7 @@ from runner.observe.gpu_monitor import GpuMonitor
 from runner.planning import DecoderJob
 from runner.serve.front import ServeFront
 from runner.serve.gpu_metrics import GpuMetrics
+from runner.serve.health import Health
 from runner.serve.metrics import Metrics
 
 
@@ -26,6 +27,7 @@ class StatusRoutes:
         metrics: Metrics,
         monitor: GpuMonitor,
         gpus: GpuMetrics,
+        health: Health,
         *,
         model: str,
     ) -> None:
@@ -34,6 +36,7 @@ class StatusRoutes:
         self._metrics = metrics
         self._monitor = monitor
         self._gpus = gpus
+        self._health = health
         self._model = model
         self._started = time.monotonic()
         self.router = APIRouter(prefix="/status")
@@ -52,15 +55,22 @@ class StatusRoutes:
         scheduler = self._job.config.scheduler
         return {
             "model": self._model,
-            "state": self._front.state,
+            "state": "stalled" if self._health.stalls() else self._front.state,
             "uptime_s": round(time.monotonic() - self._started, 1),
             "max_num_seqs": scheduler.max_num_seqs,
             "max_queue_size": scheduler.max_queue_size,
             "requests": self._metrics.ended(),
-            "ranks": [self._rank(rank) for rank in range(len(self._job.plan.ranks))],
+            "ranks": self._ranks(),
             "gpus": self._gpu_state(),
             **self._metrics.history.told(),
         }
+
+    def _ranks(self) -> list[dict[str, Any]]:
+        known = {rank: at.doing.words for rank, at in enumerate(self._health.ranks())}
+        return [
+            self._rank(rank) | {"doing": known.get(rank)}
+            for rank in range(len(self._job.plan.ranks))
+        ]
 
     def _rank(self, rank: int) -> dict[str, Any]:
         held = self._job.plan.ranks[rank]

@@ -243,7 +243,7 @@ def test_logits_that_are_no_numbers_end_the_job(model: Path, tmp_path: Path) -> 
     done = run_command(*arguments(folder, "-tp", "2"))
     assert done.returncode == 2
     assert done.stdout == ""
-    assert "rank 0 (stage 0, tp rank 0): the model's logits are not finite" in done.stderr
+    assert "the model's logits are not finite" in done.stderr
 
 
 def test_without_max_tokens_a_completion_ends_by_default(model: Path, tmp_path: Path) -> None:

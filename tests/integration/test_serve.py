@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import socket
 import time
@@ -16,6 +17,7 @@ import pytest
 import torch
 from checkpoints import add_tokenizer, load_reference, make_checkpoint, reference_logits
 from processes import processes_naming, run_command
+from safetensors.torch import load_file, save_file
 from servers import Server
 
 from runner.text.token_bytes import bytes_of
@@ -169,6 +171,32 @@ def test_logprobs_of_a_chat_agree_whole_and_streamed(server: Server) -> None:
     assert [entry.top_logprobs for entry in alone.choices[0].logprobs.content] == [[]] * 10
 
 
+def answer_by(way: int, server: Server, prompt: str, max_tokens: int) -> str:
+    """The text of an answer: of a completion or of a chat, whole or streamed."""
+    is_chat, is_streamed = way >= 2, bool(way % 2)
+    common = {"model": "tiny", "max_tokens": max_tokens, "temperature": 0, "stream": is_streamed}
+    client = server.client()
+    answers: Any
+    if is_chat:
+        messages = [{"role": "user", "content": prompt}]
+        answers = client.chat.completions.create(messages=messages, **common)  # type: ignore[call-overload]
+    else:
+        answers = client.completions.create(prompt=prompt, **common)  # type: ignore[call-overload]
+    choices = [event.choices[0] for event in answers] if is_streamed else answers.choices
+    if not is_chat:
+        return "".join(choice.text for choice in choices)
+    said = [choice.delta if is_streamed else choice.message for choice in choices]
+    return "".join(part.content or "" for part in said)
+
+
+def num_ended(server: Server, reason: str) -> float:
+    """Requests so far that ended like this."""
+    try:
+        return server.metric(f'request_success_total{{finished_reason="{reason}"}}')
+    except AssertionError:
+        return 0.0  # None yet.
+
+
 def test_many_at_once_get_what_each_gets_alone(model: Path) -> None:
     """On two stages of two ranks, with fewer places than requests."""
     cut = ["-tp", "2", "-pp", "2", "--set", "scheduler.max_num_seqs=16"]
@@ -180,12 +208,13 @@ def test_many_at_once_get_what_each_gets_alone(model: Path) -> None:
         assert all(len(ranks) == 4 for ranks in at)
         assert len({words for ranks in at for words in ranks}) > 1
         prompts = [f"{'x' * (n % 40)}{n}" for n in range(64)]
-        alone = [
-            complete(server, prompt, 4 + n % 9).choices[0].text for n, prompt in enumerate(prompts)
-        ]
+
+        def answer(n: int) -> str:
+            return answer_by(n % 4, server, prompts[n], 4 + n % 9)
+
+        alone = [answer(n) for n in range(64)]
         with ThreadPoolExecutor(64) as pool:
-            together = pool.map(lambda n: complete(server, prompts[n], 4 + n % 9), range(64))
-            assert [answer.choices[0].text for answer in together] == alone
+            assert list(pool.map(answer, range(64))) == alone
         wait_for(lambda: server.metric("kv_cache_usage_perc") == 0)
         assert server.metric("prefix_cache_hits") > 0
         assert server.metric("generation_tokens_total") == 2 * sum(4 + n % 9 for n in range(64))
@@ -194,11 +223,18 @@ def test_many_at_once_get_what_each_gets_alone(model: Path) -> None:
 
 
 def test_a_client_that_leaves_frees_its_blocks(server: Server) -> None:
+    def ends() -> list[float]:
+        return [num_ended(server, reason) for reason in ("cancelled", "length")]
+
+    num_cancelled, num_whole = ends()
     stream = complete(server, "gone", LONG, stream=True)
     next(iter(stream))
     assert server.metric("num_requests_running") == 1
+    num_tokens = server.metric("generation_tokens_total")
     stream.close()
     wait_for(lambda: server.metric("kv_cache_usage_perc") == 0, seconds=3)
+    assert server.metric("generation_tokens_total") - num_tokens < LONG / 4
+    assert ends() == [num_cancelled + 1, num_whole]
     with pytest.raises(httpx.ReadTimeout):
         httpx.post(
             f"{server.url}/v1/completions",
@@ -206,6 +242,7 @@ def test_a_client_that_leaves_frees_its_blocks(server: Server) -> None:
             timeout=0.5,
         )
     wait_for(lambda: server.metric("kv_cache_usage_perc") == 0, seconds=3)
+    assert ends() == [num_cancelled + 2, num_whole]
 
 
 def test_a_request_that_takes_too_long_is_ended(server: Server) -> None:
@@ -216,14 +253,19 @@ def test_a_request_that_takes_too_long_is_ended(server: Server) -> None:
 
 
 def test_a_client_that_never_reads_holds_nobody_up(server: Server) -> None:
+    """When others come, more has been said to it than the buffers of both ends hold."""
     host, port = server.url.removeprefix("http://").split(":")
-    body = json.dumps({"prompt": "slow", "max_tokens": LONG, "stream": True})
-    with socket.create_connection((host, int(port))) as silent:
+    asked = {"prompt": "slow", "max_tokens": LONG, "stream": True, "logprobs": 20}
+    body = json.dumps(asked)
+    with socket.socket() as silent:
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        silent.connect((host, int(port)))
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+        num_before = server.metric("generation_tokens_total")
         silent.sendall((head + body).encode())
-        wait_for(lambda: server.metric("num_requests_running") == 1)
+        wait_for(lambda: server.metric("generation_tokens_total") > num_before + 800, seconds=60)
         assert complete(server, "quick").choices[0].finish_reason == "length"
+        assert server.metric("num_requests_running") == 1
     wait_for(lambda: server.metric("kv_cache_usage_perc") == 0, seconds=20)
 
 
@@ -315,6 +357,22 @@ def test_what_cannot_be_answered_is_told_in_openais_shape(server: Server) -> Non
     assert complete(server, "alive").choices[0].finish_reason == "length"
 
 
+def test_a_request_that_the_model_has_no_numbers_for_fails_alone(
+    model: Path, tmp_path: Path
+) -> None:
+    folder = Path(shutil.copytree(model, tmp_path / "tiny"))
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.embed_tokens.weight"][ord_id("#")] = float("nan")
+    tensors["lm_head.weight"][ord_id("#")] = 0  # Nobody else comes upon it.
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+    with Server.start(folder, "-pp", "2") as server, ThreadPoolExecutor(8) as pool:
+        answers = list(pool.map(lambda n: asked(server, "#" if n == 3 else f"{n}", 50), range(8)))
+        assert [a.status_code for a in answers] == [500 if n == 3 else 200 for n in range(8)]
+        assert "logits are not finite" in answers[3].json()["error"]["message"]
+        assert num_ended(server, "error") == 1
+        assert server.metric("kv_cache_usage_perc") == 0
+
+
 def test_a_full_queue_refuses_the_rest(model: Path) -> None:
     small = ["--set", "scheduler.max_num_seqs=1", "--set", "scheduler.max_queue_size=2"]
     with Server.start(model, *small) as server:
@@ -323,12 +381,14 @@ def test_a_full_queue_refuses_the_rest(model: Path) -> None:
         codes = [answer.status_code for answer in answers]
         assert sorted(codes) == [200] * 3 + [429] * 5
         assert all(a.headers["retry-after"] == "1" for a in answers if a.status_code == 429)
-        good = [a.json()["usage"]["completion_tokens"] for a in answers if a.status_code == 200]
-        assert good == [150] * 3
+        assert [num_ended(server, reason) for reason in ("length", "refused")] == [3, 5]
         # One waits for nobody, one for the first, one for two: half of what all of them took.
         assert server.metric("request_queue_time_seconds_count") == 3
         waited = server.metric("request_queue_time_seconds_sum")
         assert 0.3 < waited / server.metric("e2e_request_latency_seconds_sum") < 0.6
+        for n, answer in enumerate(answers):
+            if answer.status_code == 200:
+                assert answer.json()["choices"] == asked(server, f"{n}", 150).json()["choices"]
 
 
 def asked(server: Server, prompt: str, max_tokens: int) -> httpx.Response:

@@ -59,7 +59,7 @@ function ended([reason, count]) {
 function setState(state) {
   const badge = byId("state");
   badge.textContent = state;
-  badge.className = `badge ${["ready", "failed"].includes(state) ? state : state === "no answer" ? "failed" : ""}`;
+  badge.className = `badge ${["no answer", "stalled"].includes(state) ? "failed" : ["ready", "failed"].includes(state) ? state : ""}`;
 }
 
 // As an image, a drawing can run nothing.

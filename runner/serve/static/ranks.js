@@ -8,6 +8,7 @@ const OF_RANK = [
   ["TP rank", (rank) => rank.tp_rank],
   ["Device", (rank) => rank.device],
   ["Weights", (rank) => bytes(rank.weight_bytes)],
+  ["Doing", (rank) => rank.doing ?? "-"],
 ];
 const OF_GPU = [
   ["GPU", (gpu) => gpu.name],

@@ -16,8 +16,8 @@ from transformers import (
 
 from runner.engine import sampler
 from runner.engine.request import Request, SamplingParams
-from runner.engine.sampler import NOT_FINITE, choose_greedily, uniform
-from runner.engine.sequence import Sequence
+from runner.engine.sampler import choose_greedily, uniform
+from runner.engine.sequence import NOT_FINITE, Sequence
 
 NUM_DRAWS = 4000
 PROMPT = (3, 5, 5, 1)

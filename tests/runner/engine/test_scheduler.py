@@ -18,7 +18,7 @@ from parallel.topology import Topology
 from runner.engine.kv_blocks import BlockPool
 from runner.engine.request import Request
 from runner.engine.scheduler import Output, Scheduled, Scheduler
-from runner.engine.sequence import Sequence
+from runner.engine.sequence import NOT_FINITE, Sequence
 
 STOP = 0
 
@@ -281,7 +281,11 @@ def test_a_known_beginning_is_not_computed_again() -> None:
     scheduler = scheduler_of()
     for request_id, prompt_len in ((1, 11), (2, 11)):
         scheduler.add(request(request_id, prompt_len, 3, family=7))
-    assert step(scheduler) == [(1, 11), (2, 11)], "nothing was known when both began"
+    scheduler.add(request(9, 5, 1, family=9))
+    assert step(scheduler) == [(1, 11), (9, 5)], "the second one waits for what the first computes"
+    assert scheduler.last_step is not None
+    assert scheduler.last_step.cut == "prefix"
+    assert step(scheduler) == [(1, 1), (2, 3)]
     scheduler.add(request(3, 14, 3, family=7))
     scheduler.add(request(4, 8, 3, family=7))
     scheduler.add(request(5, 14, 3, family=8))
@@ -313,6 +317,18 @@ def test_what_was_computed_after_the_switch_is_known_as_that() -> None:
         step(scheduler)
     scheduler.add(request(2, 13, 1, family=7))
     assert step(scheduler) == [(2, 5)]
+
+
+def test_a_sequence_that_gets_no_token_ends_alone_and_nobody_shares_its_blocks() -> None:
+    pool = BlockPool(100, 4)
+    scheduler = scheduler_of(pool)
+    scheduler.add(request(1, 9, 5, family=7))
+    scheduler.add(request(2, 3, 5))
+    outputs = scheduler.commit(scheduler.schedule(), [NOT_FINITE, 5])
+    assert [(o.request_id, o.failed) for o in outputs] == [(1, True), (2, False)]
+    assert pool.usage == pytest.approx(0.01)
+    scheduler.add(request(3, 9, 5, family=7))
+    assert step(scheduler) == [(2, 1), (3, 9)]
 
 
 def test_an_aborted_request_is_gone_wherever_it_was() -> None:
@@ -452,7 +468,9 @@ class Twins:
         for part in scheduled:
             assert all(part.sequence is not sequence for sequence in waiting)
             self.admitted.setdefault(part.sequence.request.request_id, part.sequence)
-        assert list(self.admitted) == sorted(self.admitted)
+        # One of a family may wait for what another of it computes.
+        alone = [n for n, s in self.admitted.items() if s.request.prompt_ids[0] >= 100]
+        assert alone == sorted(alone)
         running = [s for request_id, s in self.admitted.items() if request_id not in self.ended]
         assert len(running) <= self.sizes["max_num_seqs"]
         self._write(scheduled)

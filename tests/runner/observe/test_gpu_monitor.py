@@ -80,9 +80,9 @@ def test_a_host_without_a_driver_is_watched_in_vain() -> None:
     assert monitor.last_xids == {}
 
 
-@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
-def test_gauges_have_the_names_and_labels_of_dcgm(tmp_path: Path) -> None:
-    directory = build_driver(tmp_path, DRIVER_SOURCE)
+def gauges(tmp_path: Path, driver: str) -> dict[tuple[str, str], tuple[float, str]]:
+    """Value and labels of each gauge of a GPU, by its name and rank, with a driver in C."""
+    directory = build_driver(tmp_path, driver)
     environment = {**os.environ, "LD_LIBRARY_PATH": str(directory)}
     environment.pop("CUDA_VISIBLE_DEVICES", None)
     done = subprocess.run(
@@ -98,13 +98,22 @@ def test_gauges_have_the_names_and_labels_of_dcgm(tmp_path: Path) -> None:
         name, _, rest = line.partition("{")
         if name.startswith(("DCGM", "shardline_gpu")):
             labels, _, value = rest.rpartition("} ")
-            told[name, labels.rpartition('rank="')[2].rstrip('"')] = float(value)
-            if name == "DCGM_FI_DEV_GPU_UTIL":
-                assert 'UUID="GPU-aa"' in labels
-                assert 'pci_bus_id="0000:01:00.0"' in labels
-                assert 'device="nvidia0"' in labels
-                assert 'modelName="Test GPU"' in labels
-    assert told == {
+            told[name, labels.rpartition('rank="')[2].rstrip('"')] = float(value), labels
+    return told
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_gauges_have_the_names_and_labels_of_dcgm(tmp_path: Path) -> None:
+    told = gauges(tmp_path, DRIVER_SOURCE)
+    labels = told["DCGM_FI_DEV_GPU_UTIL", "1"][1]
+    for label in (
+        'UUID="GPU-aa"',
+        'pci_bus_id="0000:01:00.0"',
+        'device="nvidia0"',
+        'modelName="Test GPU"',
+    ):
+        assert label in labels
+    assert {key: value for key, (value, _) in told.items()} == {
         ("DCGM_FI_DEV_GPU_UTIL", "1"): 87,
         ("DCGM_FI_DEV_MEM_COPY_UTIL", "1"): 21,
         ("DCGM_FI_DEV_FB_USED", "1"): 40,
@@ -114,3 +123,11 @@ def test_gauges_have_the_names_and_labels_of_dcgm(tmp_path: Path) -> None:
         ("shardline_gpu_lost", "0"): 1,
         ("shardline_gpu_lost", "1"): 0,
     }
+
+
+@pytest.mark.skipif(shutil.which("cc") is None, reason="no C compiler")
+def test_all_gpus_are_lost_where_the_driver_answers_nothing(tmp_path: Path) -> None:
+    """As in a container that has lost the permission for its devices."""
+    told = gauges(tmp_path, "int nvmlInitWithFlags(unsigned flags) { return 999; }")
+    lost = {key: value for key, (value, _) in told.items() if key[0] == "shardline_gpu_lost"}
+    assert lost == {("shardline_gpu_lost", "0"): 1, ("shardline_gpu_lost", "1"): 1}

@@ -38,6 +38,15 @@ def test_the_rank_that_stood_still_first_is_named_first() -> None:
     assert [stall.rank for stall in health.stalls()] == [0]
 
 
+def test_a_rank_that_waits_for_others_is_named_after_them() -> None:
+    board = ProgressBoard.alone(3)
+    for rank, doing in ((0, Doing.READING), (1, Doing.RECEIVING), (2, Doing.COMPUTING)):
+        board.writer(rank).enter(doing)
+        time.sleep(0.01)
+    time.sleep(0.12)
+    assert [stall.rank for stall in health_of(board).stalls()] == [2, 0, 1]
+
+
 def test_health_tells_no_later_than_the_job_ends() -> None:
     board = ProgressBoard.alone(1)
     board.writer(0).enter(Doing.COMPUTING)
