@@ -1,17 +1,19 @@
-"""Malformed requests, made from the server's OpenAPI document and by hand: no 5xx, no dead server.
+"""Malformed requests, made from the servers' OpenAPI document and by hand: no 5xx, no dead server.
 
 SHARDLINE_FUZZ_CASES says how many; `scripts/fuzz` asks for thousands.
 """
 
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from pathlib import Path
 
 import httpx
 import pytest
 import schemathesis
 from checkpoints import add_tokenizer, make_checkpoint
 from hypothesis import HealthCheck, Phase, given, settings
-from malformed import malformed, status_of
+from malformed import malformed, malformed_tensors, status_of
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
 from servers import Server
@@ -70,13 +72,43 @@ def test_what_the_document_allows_and_what_it_does_not(server: Server) -> None:
     check_alive(server)
 
 
-@pytest.mark.timeout(1200)
-def test_bytes_that_no_client_should_send(server: Server) -> None:
+def statuses_of(server: Server, requests: Iterable[bytes]) -> list[int | None]:
     host, port = server.url.removeprefix("http://").split(":")
     statuses = []
-    for request in malformed(CASES):
+    for request in requests:
         status = status_of((host, int(port)), request)
         assert status is None or status < 500, request
         statuses.append(status)
+    return statuses
+
+
+@pytest.mark.timeout(1200)
+def test_bytes_that_no_client_should_send(server: Server) -> None:
+    statuses = statuses_of(server, malformed(CASES))
     assert statuses.count(400) > CASES // 10, statuses
     check_alive(server)
+
+
+@pytest.mark.timeout(1200)
+def test_tensors_whose_sizes_lie(tmp_path: Path) -> None:
+    (tmp_path / "fuzzed_model.py").write_text(
+        "import torch\ndef make():\n    return torch.nn.Linear(4, 3)\n"
+    )
+    model = {
+        "path": str(tmp_path),
+        "factory": "fuzzed_model:make",
+        "factory_path": str(tmp_path),
+        "load_format": "dummy",
+        "inputs": [{"name": "x", "shape": ["batch", 4]}],
+    }
+    plan = {"version": 1, "model": model, "security": {"factories": ["fuzzed_model:make"]}}
+    (tmp_path / "plan.yaml").write_text(json.dumps(plan))
+    options = ["--set", "server.max_request_bytes=20000", "--set", "server.model_name=net"]
+    with Server.start(tmp_path / "plan.yaml", *options) as server:
+        path = "/v2/models/net/infer"
+        statuses = statuses_of(server, malformed_tensors(path, CASES))
+        assert statuses.count(400) > CASES // 2, statuses
+        given = {"name": "input", "shape": [1, 4], "datatype": "FP32", "data": [1, 2, 3, 4]}
+        answer = httpx.post(f"{server.url}{path}", json={"inputs": [given]}, timeout=30)
+        assert answer.json()["outputs"][0]["shape"] == [1, 3], answer.text
+        assert "Traceback" not in "".join(server.said), "".join(server.said)

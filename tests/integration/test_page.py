@@ -80,11 +80,15 @@ def test_an_operator_unlocks_the_page_and_streams_an_answer(
         "async (image) => (await image.decode(), image.naturalWidth)"
     )
     page.locator("#kind").select_option("text")
-    page.locator("#max-tokens").fill("40")
+    page.locator("#max-tokens").fill("400")
     page.locator("#prompt").fill("<b>hello</b>")
     page.locator("#send").click()
-    expect(page.locator("#ended")).to_contain_text("length", timeout=20_000)
     expect(page.locator("#answer")).not_to_be_empty()
+    # It streams: there is text, and the answer goes on.
+    assert page.locator("#stop").is_visible()
+    length = len(page.locator("#answer").inner_text())
+    expect(page.locator("#ended")).to_contain_text("length", timeout=20_000)
+    assert len(page.locator("#answer").inner_text()) > length
     assert page.locator("#answer *").count() == 0
     expect(page.locator("#charts figure")).to_have_count(8)
     own = (server.url, "blob:", "data:")

@@ -19,6 +19,7 @@ from checkpoints import add_tokenizer, load_reference, make_checkpoint, referenc
 from processes import processes_naming, run_command
 from safetensors.torch import load_file, save_file
 from servers import Server
+from streams import silent_stream
 
 from runner.text.token_bytes import bytes_of
 from runner.text.tokenizer import Tokenizer
@@ -254,16 +255,9 @@ def test_a_request_that_takes_too_long_is_ended(server: Server) -> None:
 
 def test_a_client_that_never_reads_holds_nobody_up(server: Server) -> None:
     """When others come, more has been said to it than the buffers of both ends hold."""
-    host, port = server.url.removeprefix("http://").split(":")
-    asked = {"prompt": "slow", "max_tokens": LONG, "stream": True, "logprobs": 20}
-    body = json.dumps(asked)
-    with socket.socket() as silent:
-        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-        silent.connect((host, int(port)))
-        head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
-        num_before = server.metric("generation_tokens_total")
-        silent.sendall((head + body).encode())
-        wait_for(lambda: server.metric("generation_tokens_total") > num_before + 800, seconds=60)
+    num_before = server.metric("generation_tokens_total")
+    with silent_stream(server, {"prompt": "slow", "max_tokens": LONG, "logprobs": 20}):
+        wait_for(lambda: server.metric("generation_tokens_total") > num_before + 500, seconds=60)
         assert complete(server, "quick").choices[0].finish_reason == "length"
         assert server.metric("num_requests_running") == 1
     wait_for(lambda: server.metric("kv_cache_usage_perc") == 0, seconds=20)

@@ -4,16 +4,15 @@ import os
 import signal
 import socket
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import httpx
 import pytest
 from checkpoints import add_tokenizer, make_checkpoint
-from hang import may_hang
-from processes import processes_naming, rank_pid, wait_until_gone
+from hang import Spoil, may_hang
+from processes import processes_naming, rank_pid, start_command, wait_until_gone
 from servers import Server
-from streams import Stream, streaming
+from streams import Stream, silent_stream, streaming
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(300)]
 
@@ -105,12 +104,12 @@ def test_an_idle_server_lives_on_and_notices_a_rank_that_stalls(model: Path, ran
 
 
 @pytest.fixture
-def hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+def hang(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Spoil:
     return may_hang(tmp_path, monkeypatch)
 
 
 def test_a_loop_that_hangs_is_no_life_whatever_its_other_threads_do(
-    model: Path, hang: Callable[[int], None]
+    model: Path, hang: Spoil
 ) -> None:
     """One rank: nobody else waits for it, and its server answers all the while."""
     limit = ["--set", "distributed.collective_timeout_s=3"]
@@ -137,7 +136,7 @@ def test_a_loop_that_hangs_is_no_life_whatever_its_other_threads_do(
 
 @pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.full)])
 def test_of_several_ranks_the_one_whose_loop_hangs_is_named(
-    model: Path, hang: Callable[[int], None], rank: int
+    model: Path, hang: Spoil, rank: int
 ) -> None:
     limit = ["--set", "distributed.collective_timeout_s=3"]
     with Server.start(model, "-pp", "2", *limit) as server:
@@ -153,14 +152,74 @@ def test_of_several_ranks_the_one_whose_loop_hangs_is_named(
     assert wait_until_gone(str(model), timeout_s=5) == []
 
 
-def test_sigterm_under_load_lets_every_stream_end(model: Path) -> None:
+def test_a_loop_that_hangs_with_its_clients_locked_ends_the_job(model: Path, hang: Spoil) -> None:
+    """Nobody can be told then, but the job must not outlive it."""
+    with Server.start(model, "--set", "distributed.collective_timeout_s=3") as server:
+        with streaming(server, 4, max_tokens=LONG) as reading:
+            hang(0, "hang in take")
+            assert server.process.wait(15) == 9
+            assert all(stream.result(timeout=5).broken for stream in reading)
+        said = "".join(server.said)
+    assert "in hang_here" in said
+    assert "shardline: rank 0 (stage 0, tp rank 0): no progress for" in said
+
+
+def test_a_rank_that_raises_is_named_with_its_stack(model: Path, hang: Spoil) -> None:
+    with Server.start(model, *CUT) as server:
+        with streaming(server, 4, max_tokens=LONG) as reading:
+            hang(2, "raise")
+            streams = [stream.result(timeout=20) for stream in reading]
+        assert all("the engine has ended" in (stream.error or "") for stream in streams)
+        assert server.process.wait(10) == 8
+        said = "".join(server.said)
+    assert "in raise_here" in said
+    assert (
+        f"shardline: {NAMES[2]}: ValueError while computing its stage: the step went wrong" in said
+    )
+    assert wait_until_gone(str(model), timeout_s=5) == []
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+def test_a_signal_under_load_lets_every_stream_end(model: Path, signum: signal.Signals) -> None:
     with Server.start(model, *CUT) as server:
         with streaming(server, 16, max_tokens=300) as reading:
-            server.terminate()
+            server.process.send_signal(signum)
             streams = [stream.result(timeout=60) for stream in reading]
         assert [stream.finish_reason for stream in streams] == ["length"] * 16
         assert server.process.wait(20) == 0, "".join(server.said)
     assert processes_naming(str(model)) == []
+
+
+def test_one_who_reads_slowly_has_the_answer_after_sigterm(model: Path) -> None:
+    """More than the buffers hold is still to be read when the last token has been made."""
+    with Server.start(model) as server:
+        with silent_stream(server, {"prompt": "x", "max_tokens": 500, "logprobs": 20}) as silent:
+            deadline = time.monotonic() + 60
+            while server.metric("generation_tokens_total") < 500:
+                assert time.monotonic() < deadline
+                time.sleep(0.1)
+            server.terminate()
+            time.sleep(5)
+            assert server.process.poll() is None
+            assert b"data: [DONE]" in silent.makefile("rb").read()
+        assert server.process.wait(10) == 0, "".join(server.said)
+
+
+@pytest.mark.parametrize("cut", [[], CUT], ids=["one rank", "four ranks"])
+def test_a_server_told_to_end_while_it_starts_ends_at_once(model: Path, cut: list[str]) -> None:
+    given = ["--model", str(model), "--device", "cpu", "--set", "server.port=0", *cut]
+    process = start_command("serve", *given)
+    try:
+        assert process.stderr is not None
+        # It listens, which is before anything is loaded.
+        assert " at http://" in next(line for line in process.stderr if "serving" in line)
+        process.terminate()
+        assert process.wait(10) == 128 + signal.SIGTERM
+        assert process.stderr.read() == ""
+    finally:
+        process.kill()
+        process.wait()
+    assert wait_until_gone(str(model), timeout_s=2) == []
 
 
 def test_a_second_sigterm_leaves_no_process(model: Path) -> None:

@@ -281,6 +281,19 @@ def test_an_item_that_makes_the_model_raise_fails_alone(tmp_path: Path) -> None:
         assert server.process.wait(20) == 0
 
 
+def test_with_several_ranks_inputs_that_make_the_model_raise_end_the_job(tmp_path: Path) -> None:
+    with Server.start(plan_of(tmp_path, "Table", IDS), "-pp", "2") as server:
+        given = InferInput("ids", [1, 2], "INT64")
+        given.set_data_from_numpy(np.full((1, 2), 10))
+        with pytest.raises(InferenceServerException, match="the engine has ended"):
+            client_of(server).infer("net", [given])
+        assert server.process.wait(20) == 8
+        said = "".join(server.said)
+    assert "shardline: rank 0 (stage 0, tp rank 0): " in said
+    assert "IndexError" in said
+    assert wait_until_gone(str(tmp_path), timeout_s=5) == []
+
+
 def test_limits_and_the_key(tmp_path: Path) -> None:
     (tmp_path / "key").write_text("secret\n")
     options = ["--set", f"server.api_key_file={tmp_path / 'key'}"]

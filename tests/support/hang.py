@@ -1,15 +1,21 @@
-"""Ranks of the command that hang in their loops when a test says so."""
+"""Ranks of the command that hang in their loops, or raise there, when a test says so."""
 
-from collections.abc import Callable
 from pathlib import Path
+from typing import Literal, Protocol
 
 import pytest
 
 
-def may_hang(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], None]:
+class Spoil(Protocol):
+    def __call__(
+        self, rank: int, how: Literal["hang", "hang in take", "raise"] = "hang"
+    ) -> None: ...
+
+
+def may_hang(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Spoil:
     """Of commands that start from here on; call what is returned with the rank.
 
-    Only the loop hangs (`hanging.sitecustomize`); the rank's other threads live on.
+    Only the loop is spoiled (`hanging.sitecustomize`); the rank's other threads live on.
 
     Args:
         folder: of the test.
@@ -17,4 +23,9 @@ def may_hang(folder: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[int], N
     file = folder / "hang"
     monkeypatch.setenv("SHARDLINE_TEST_HANG", str(file))
     monkeypatch.setenv("PYTHONPATH", str(Path(__file__).parent / "hanging"))
-    return lambda rank: file.with_name(f"hang{rank}").touch()
+
+    def spoil(rank: int, how: str = "hang") -> None:
+        file.write_text(how)
+        file.rename(file.with_name(f"hang{rank}"))
+
+    return spoil

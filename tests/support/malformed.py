@@ -12,6 +12,11 @@ _VALUES = [
     *('""', '"\\ud800"', '"\\u0000"', '"\udcff"', '"' + "x" * 5000 + '"', "[]", "{}", "[[]]"),
     *("[" * 3000, '{"a":' * 3000, '{"role": "user", "content": null}', "[null]", '[{"type": 1}]'),
 ]
+_TENSOR_VALUES = [
+    *("[1, 4]", "[-1, 4]", "[1, -4]", "[0, 4]", "[1, 99999999999]", "[4]", "[1, 4, 1]", "[1.5, 4]"),
+    *('"FP32"', '"FP64"', '"BYTES"', '"INT4"', '"x"', "16", "15", "17", "10000000000"),
+]
+_RAW = "to be replaced"
 _HEADS = [
     "Content-Length: {less}",
     "Content-Length: {more}",
@@ -42,6 +47,25 @@ def malformed(number: int, *, seed: int = 0) -> Iterator[bytes]:
         path = chance.choice(_PATHS[:2] * 10 + _PATHS)
         body = _spoiled(chance, _CHAT if "chat" in path else _BODY)
         yield _head(chance, path, body) + body
+
+
+def malformed_tensors(path: str, number: int, *, seed: int = 0) -> Iterator[bytes]:
+    """So many requests of the Open Inference Protocol's binary extension, whose sizes lie."""
+    chance = random.Random(seed)
+    for _ in range(number):
+        given = {"name": "x", "shape": [1, 4], "datatype": "FP32"}
+        parameters = {"binary_data_size": 16}
+        spoiled = chance.choice([given, given, parameters])
+        spoiled[chance.choice([*spoiled, "unknown"])] = _RAW
+        head = json.dumps({"inputs": [given | {"parameters": parameters}]})
+        head = head.replace(json.dumps(_RAW), chance.choice(_VALUES + _TENSOR_VALUES))
+        raw = head.encode(errors="surrogateescape")
+        body = raw + chance.randbytes(chance.choice([0, 15, 16, 16, 17]))
+        told = chance.choice([len(raw)] * 6 + [0, -1, len(raw) - 1, len(raw) + 1, 10**30, "x"])
+        yield (
+            f"POST {path} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+            f"Inference-Header-Content-Length: {told}\r\n\r\n"
+        ).encode() + body
 
 
 def status_of(address: tuple[str, int], request: bytes) -> int | None:

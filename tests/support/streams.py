@@ -1,6 +1,7 @@
 """Streams of a server, read to their end by a thread each, and how each of them ended."""
 
 import json
+import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -44,6 +45,22 @@ class Stream:
         except httpx.TransportError:
             self.broken = True
         return self
+
+
+@contextmanager
+def silent_stream(server: Server, asked: dict[str, Any]) -> Iterator[socket.socket]:
+    """A connection that has asked for a stream, with room for little, and reads nothing by itself.
+
+    With the probabilities of many tokens, some hundred tokens are more than all buffers hold.
+    """
+    host, port = server.url.removeprefix("http://").split(":")
+    body = json.dumps(asked | {"stream": True})
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    with socket.socket() as silent:
+        silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        silent.connect((host, int(port)))
+        silent.sendall(f"{head}Connection: close\r\n\r\n{body}".encode())
+        yield silent
 
 
 @contextmanager

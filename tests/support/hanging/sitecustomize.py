@@ -1,6 +1,6 @@
-"""Lets a rank of the command hang in its step loop once a file appears; its other threads live on.
+"""Spoils a rank's step loop of the command once a file appears; its other threads live on.
 
-For PYTHONPATH. The files are SHARDLINE_TEST_HANG with the rank behind it.
+For PYTHONPATH. The files are SHARDLINE_TEST_HANG with the rank behind it; they say what goes wrong.
 """
 
 import os
@@ -11,9 +11,14 @@ from typing import Any
 
 
 def hang_here(*_args: Any) -> None:
-    """Stands in for a step."""
+    """Stands in for a step, or for what rank 0 does with its tokens."""
     while True:
         time.sleep(3600)
+
+
+def raise_here(*_args: Any) -> None:
+    """Stands in for a step."""
+    raise ValueError("the step went wrong")
 
 
 def _wait_for_the_file() -> None:
@@ -23,8 +28,14 @@ def _wait_for_the_file() -> None:
     from runner.engine.stage_runner import StageRunner
     from runner.pipeline.stage_worker import StageWorker
 
-    StageRunner._forward = StageRunner.rest = hang_here  # type: ignore[assignment,method-assign]
-    StageWorker._compute = hang_here  # type: ignore[assignment,method-assign]
+    if (how := file.read_text()) == "hang in take":
+        from runner.serve.front import ServeFront
+
+        ServeFront._take = hang_here  # type: ignore[assignment,method-assign]
+        return
+    step = {"hang": hang_here, "raise": raise_here}[how]
+    StageRunner._forward = StageRunner.rest = step  # type: ignore[assignment,method-assign]
+    StageWorker._compute = step  # type: ignore[assignment,method-assign]
 
 
 if "SHARDLINE_TEST_HANG" in os.environ:
