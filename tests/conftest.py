@@ -1,6 +1,7 @@
 """Fixtures that several packages' tests share; each is made once a session."""
 
 import importlib.util
+import os
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,10 @@ from rank_pool import RankPool
 from runner.importer import import_gguf
 
 POOL_SIZE = 6
+
+# Of what is started from here. Threads are of no use to small models, and where something else runs
+# on the cores they wait for one another many times longer than they work.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 @pytest.fixture(scope="session")

@@ -254,10 +254,7 @@ def test_a_request_that_takes_too_long_is_ended(server: Server) -> None:
 
 
 def test_a_client_that_never_reads_holds_nobody_up(server: Server) -> None:
-    """When others come, more has been said to it than the buffers of both ends hold."""
-    num_before = server.metric("generation_tokens_total")
-    with silent_stream(server, {"prompt": "slow", "max_tokens": LONG, "logprobs": 20}):
-        wait_for(lambda: server.metric("generation_tokens_total") > num_before + 500, seconds=60)
+    with silent_stream(server, LONG):
         assert complete(server, "quick").choices[0].finish_reason == "length"
         assert server.metric("num_requests_running") == 1
     wait_for(lambda: server.metric("kv_cache_usage_perc") == 0, seconds=20)

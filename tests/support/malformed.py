@@ -68,12 +68,18 @@ def malformed_tensors(path: str, number: int, *, seed: int = 0) -> Iterator[byte
         ).encode() + body
 
 
-def status_of(address: tuple[str, int], request: bytes) -> int | None:
-    """The status of the answer; None: the server cut the connection without one."""
+def status_of(address: tuple[str, int], request: bytes, *, is_whole: bool = False) -> int | None:
+    """The status of the answer; None: the server cut the connection without one.
+
+    Args:
+        is_whole: the request has the length that it says, so that the server waits for no more. One
+            that is told that no more will come may take it for a client that has left.
+    """
     with socket.create_connection(address, timeout=30) as connection:
         try:
             connection.sendall(request)
-            connection.shutdown(socket.SHUT_WR)
+            if not is_whole:
+                connection.shutdown(socket.SHUT_WR)
             line = connection.makefile("rb").readline()
         except (BrokenPipeError, ConnectionResetError):
             return None

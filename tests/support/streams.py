@@ -12,6 +12,11 @@ from typing import Any
 import httpx
 from servers import Server
 
+FULL = 2300
+"""Tokens, each with its probabilities of 1.6 kB, that fill what Linux lets a connection hold back:
+3 MB where the reader has room for little.
+"""
+
 
 @dataclass
 class Stream:
@@ -48,18 +53,23 @@ class Stream:
 
 
 @contextmanager
-def silent_stream(server: Server, asked: dict[str, Any]) -> Iterator[socket.socket]:
-    """A connection that has asked for a stream, with room for little, and reads nothing by itself.
-
-    With the probabilities of many tokens, some hundred tokens are more than all buffers hold.
+def silent_stream(server: Server, max_tokens: int) -> Iterator[socket.socket]:
+    """A connection that has asked for a stream and reads nothing by itself; the body runs when more
+    has been said to it than the buffers of both ends hold.
     """
     host, port = server.url.removeprefix("http://").split(":")
-    body = json.dumps(asked | {"stream": True})
-    head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
+    chat = {"messages": [{"role": "user", "content": "slow"}], "max_tokens": max_tokens}
+    body = json.dumps(chat | {"stream": True, "logprobs": True, "top_logprobs": 20})
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n"
     with socket.socket() as silent:
         silent.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
         silent.connect((host, int(port)))
+        before = server.metric("generation_tokens_total")
         silent.sendall(f"{head}Connection: close\r\n\r\n{body}".encode())
+        deadline = time.monotonic() + 90
+        while server.metric("generation_tokens_total") < before + FULL:
+            assert time.monotonic() < deadline
+            time.sleep(0.1)
         yield silent
 
 
