@@ -26,7 +26,7 @@ def make_endless(folder: Path, **changes: Any) -> Path:
 
 def generating(model: Path, *arguments: str) -> subprocess.Popen[str]:
     """A job whose first text is out."""
-    common = ["generate", "--prompt", "Hello", "--model", str(model)]
+    common = ["generate", "--prompt", "Hello", "--model", str(model), "--max-tokens", "20000"]
     job = start_command(*common, *arguments)
     assert job.stdout is not None
     assert job.stdout.read(1)
