@@ -152,7 +152,7 @@ def _job_options(
         )
     from runner.bundled import open_job
 
-    check_bundle(bundle)
+    check_bundle(bundle, on_mismatch=on_mismatch.value)
     job = open_job(
         bundle,
         overrides=overrides,
