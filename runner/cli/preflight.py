@@ -14,6 +14,7 @@ from parallel.errors import PreflightError
 if TYPE_CHECKING:
     from runner.bundle.bundle import Bundle
     from runner.config.load import LoadedConfig
+    from runner.observe.finding import Finding
     from runner.observe.preflight import Demand
 
 _ASKED = "SHARDLINE_PREFLIGHT"
@@ -52,6 +53,19 @@ def check_bundle(path: Path, *, on_mismatch: str) -> None:
     bundle = Bundle.open(path)
     _check(_demand_of_bundle(bundle, on_mismatch))
     bundle.verify()
+
+
+def check_socket(uds: str | None) -> None:
+    """Check for a server at a Unix socket whether it can be made, if that was asked for.
+
+    Raises:
+        PreflightError: it cannot.
+    """
+    if uds is None or not _is_due():
+        return
+    from runner.observe.preflight import inspect_socket_dir
+
+    _tell([inspect_socket_dir(uds)])
 
 
 def _demand_of_model(loaded: "LoadedConfig", *, compiles: bool) -> "Demand":
@@ -93,7 +107,11 @@ def _is_due() -> bool:
 def _check(demand: "Demand") -> None:
     from runner.observe.preflight import inspect_host
 
-    findings = [f for f in inspect_host(demand) if f.status in ("error", "warning")]
+    _tell(inspect_host(demand))
+
+
+def _tell(found: "list[Finding]") -> None:
+    findings = [finding for finding in found if finding.status in ("error", "warning")]
     for finding in findings:
         fix = f"; fix: {finding.fix}" if finding.fix else ""
         sys.stderr.write(f"shardline: preflight {finding.status}, {finding.check}: ")

@@ -12,8 +12,8 @@ from typing import Literal
 
 from runner.observe.finding import Finding
 from runner.observe.gpu_checks import judge_gpus
-from runner.observe.host import Directory, Host, read_directory, read_host
-from runner.observe.host_checks import judge_cache_dir, judge_host, judge_shm
+from runner.observe.host import Directory, Host, find_container, read_directory, read_host
+from runner.observe.host_checks import judge_cache_dir, judge_host, judge_shm, judge_socket_dir
 from runner.observe.nvml import Inventory, read_inventory
 from runner.observe.software import Software, find_flavour, read_software
 
@@ -47,6 +47,13 @@ def inspect_host(demand: Demand) -> list[Finding]:
     may_need = demand.gpus in ("needed", "expected") or inventory.driver != "absent"
     software = read_software() if may_need else Software()
     return list(judge(demand, inventory, software=software, host=host, cache=cache))
+
+
+def inspect_socket_dir(uds: str) -> Finding:
+    """Judge the folder in which a server is to make this Unix socket."""
+    folder = read_directory(os.path.dirname(os.path.abspath(uds)))
+    inside = find_container() is not None
+    return judge_socket_dir(folder, gid=os.getgid(), in_container=inside)
 
 
 def judge(

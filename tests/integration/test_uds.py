@@ -75,6 +75,14 @@ def test_a_path_that_cannot_be_listened_at(model: Path, tmp_path: Path) -> None:
         assert f"cannot listen at {path}" in done.stderr
 
 
+def test_preflight_names_the_folder_of_the_socket(model: Path, tmp_path: Path) -> None:
+    asked = ("--preflight", "serve", "--model", str(model), "--device", "cpu")
+    done = run_command(*asked, "--uds", str(tmp_path / "absent" / "s"))
+    assert done.returncode == 3, done.stderr
+    assert f"preflight error, socket_dir: {tmp_path / 'absent'} does not exist" in done.stderr
+    assert "install -d -m 0770 -g" in done.stderr
+
+
 FACTORY = """
 import socket, torch
 

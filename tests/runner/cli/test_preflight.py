@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 
+from parallel.errors import PreflightError
 from runner.bundle.bundle import Bundle
 from runner.cli import preflight
 from runner.config.load import load
@@ -90,3 +91,20 @@ def test_a_bundle(
     # --device is refused with --bundle.
     assert demand.without_gpus == ("--on-mismatch eager" if expected == "needed" else None)
     assert verified
+
+
+def test_a_socket_whose_folder_is_absent(
+    demands: list[Demand], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    preflight.check_socket(None)
+    preflight.check_socket(str(tmp_path / "s"))
+    with pytest.raises(PreflightError, match=r"1 error \(socket_dir\)"):
+        preflight.check_socket(str(tmp_path / "absent" / "s"))
+    said = capsys.readouterr().err
+    assert said.startswith(f"shardline: preflight error, socket_dir: {tmp_path / 'absent'} does")
+    assert not demands
+
+
+def test_nobody_asked(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("SHARDLINE_PREFLIGHT", raising=False)
+    preflight.check_socket(str(tmp_path / "absent" / "s"))
