@@ -65,7 +65,7 @@ def _model_options(
         typer.Option(
             "--devices",
             metavar="LIST",
-            help="GPUs that the job sees, with commas between: indices, UUIDs or MIG ids.",
+            help="GPUs that the job sees, with commas between: indices or UUIDs; or one MIG id.",
         ),
     ] = None,
     network_guard: Annotated[

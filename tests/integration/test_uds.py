@@ -95,24 +95,32 @@ def model():
 """
 
 
-def test_a_factory_that_hides_its_refusal_is_still_reported(tmp_path: Path) -> None:
-    (tmp_path / "calls_home.py").write_text(FACTORY)
+def write_plan(folder: Path, factory: str, code: str, **security: str) -> str:
+    """A plan of a tensor model that `code` makes, and an input; returns the plan's path."""
+    module = factory.partition(":")[0]
+    (folder / f"{module}.py").write_text(code)
     plan = {
         "version": 1,
         "model": {
-            "path": str(tmp_path),
-            "factory": "calls_home:model",
-            "factory_path": str(tmp_path),
+            "path": str(folder),
+            "factory": factory,
+            "factory_path": str(folder),
             "load_format": "dummy",
             "inputs": [{"name": "x", "shape": ["batch", 4]}],
         },
-        "security": {"factories": ["calls_home:model"], "network_guard": "strict"},
+        "security": {"factories": [factory], **security},
     }
-    (tmp_path / "plan.yaml").write_text(json.dumps(plan))
-    np.save(tmp_path / "x.npy", np.ones(4, np.float32))
+    path = folder / "plan.yaml"
+    path.write_text(json.dumps(plan))
+    np.save(folder / "x.npy", np.ones(4, np.float32))
+    return str(path)
+
+
+def test_a_factory_that_hides_its_refusal_is_still_reported(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path, "calls_home:model", FACTORY, network_guard="strict")
     report = tmp_path / "report.jsonl"
     done = run_command(
-        *("run", "--config", str(tmp_path / "plan.yaml"), "--device", "cpu"),
+        *("run", "--config", plan, "--device", "cpu"),
         *(str(tmp_path / "x.npy"), "--output", str(tmp_path / "out")),
         *("--set", f"security.network_report={report}"),
     )
@@ -125,7 +133,13 @@ def test_a_factory_that_hides_its_refusal_is_still_reported(tmp_path: Path) -> N
 
 @pytest.mark.parametrize(
     ("listed", "said"),
-    [("0,x", "'x' is no GPU"), ("1,1", "is given twice"), ("", "'' is no GPU")],
+    [
+        ("0,x", "'x' is no GPU"),
+        ("1,1", "is given twice"),
+        ("", "'' is no GPU"),
+        ("MIG-9f,MIG-12ab", "one MIG instance and nothing beside it"),
+        ("0,MIG-9f", "one MIG instance and nothing beside it"),
+    ],
 )
 def test_devices_that_are_none(model: Path, listed: str, said: str) -> None:
     given = ["--model", str(model), "--devices", listed, "--prompt", "a"]
@@ -134,8 +148,28 @@ def test_devices_that_are_none(model: Path, listed: str, said: str) -> None:
     assert said in done.stderr
 
 
-def test_devices_are_what_torch_sees(model: Path) -> None:
+SEES = """
+import os, pathlib, torch
+
+def model():
+    seen = [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")]
+    (pathlib.Path(__file__).parent / f"rank{os.environ.get('RANK')}").write_text(" ".join(seen))
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+"""
+
+
+@pytest.mark.parametrize("listed", ["GPU-12ab-34,3", "MIG-9f"])
+def test_every_rank_is_shown_the_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str
+) -> None:
     """Without a GPU none is seen, whatever is listed; the ranks run on the CPU."""
-    given = ["--model", str(model), "--devices", "GPU-12ab-34,MIG-9f,3", "--device", "cpu"]
-    done = run_command("generate", *given, "--prompt", "a", "--max-tokens", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    plan = write_plan(tmp_path, "sees:model", SEES)
+    done = run_command(
+        *("run", "--config", plan, "--device", "cpu", "-pp", "2", "--devices", listed),
+        *(str(tmp_path / "x.npy"), "--output", str(tmp_path / "out")),
+    )
     assert done.returncode == 0, done.stderr
+    seen = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
+    assert seen == [f"{listed} PCI_BUS_ID"] * 2
