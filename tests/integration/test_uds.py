@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -91,7 +92,7 @@ def model():
         socket.create_connection(("192.0.2.1", 9), timeout=1)
     except OSError:
         pass  # as many libraries do
-    return torch.nn.Linear(4, 2)
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
 """
 
 
@@ -129,6 +130,24 @@ def test_a_factory_that_hides_its_refusal_is_still_reported(tmp_path: Path) -> N
     events = [json.loads(line) for line in report.read_text().splitlines()]
     assert events[0]["guard"] == "strict"
     assert any("calls_home.py" in frame for frame in events[1]["stack"])
+
+
+def test_ranks_of_torchrun_report_to_one_file(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path, "calls_home:model", FACTORY, network_guard="strict")
+    report = tmp_path / "report.jsonl"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = run_command(
+        *("run", "--config", plan, "--device", "cpu", "-pp", "2"),
+        *(str(tmp_path / "x.npy"), "--output", str(tmp_path / "out")),
+        *("--set", f"security.network_report={report}"),
+        launcher=[*torchrun, "--nproc-per-node", "2", "-m", "runner"],
+        timeout_s=180,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    assert sum("guard" in line for line in lines) == 1
+    assert {line["rank"] for line in lines if "refused" in line} == {"0", "1"}
+    assert len({line["job"] for line in lines}) == 1
 
 
 @pytest.mark.parametrize(
