@@ -7,7 +7,7 @@ import gc
 import logging
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,9 @@ def patience_s(job: Job) -> float:
 def confine(job: Job, context: ParallelContext) -> None:
     """Keep a rank on a GPU to its share, so that another job beside it loses nothing.
 
-    Its memory ends where `kv_cache.gpu_memory_utilization` says, whatever it asks for, and its
-    threads run on the cores next to the GPU.
+    PyTorch's allocator ends where `kv_cache.gpu_memory_utilization` says, whatever it is asked for;
+    what CUDA, NCCL and TensorRT take themselves comes on top. All threads run on the cores next to
+    the GPU.
     """
     if context.device.type != "cuda":
         return
@@ -135,8 +136,15 @@ def confine(job: Job, context: ParallelContext) -> None:
     allowed = os.sched_getaffinity(0)
     cores = cores_near(bus_id) & allowed
     if cores and cores != allowed:
-        os.sched_setaffinity(0, cores)
+        _pin(cores)
         _LOG.debug("rank %d runs on %d cores near %s", context.rank, len(cores), bus_id)
+
+
+def _pin(cores: set[int]) -> None:
+    """Move every thread that there is, those of communication included; later ones inherit it."""
+    for thread in os.listdir("/proc/self/task"):
+        with suppress(ProcessLookupError):  # It may have ended meanwhile.
+            os.sched_setaffinity(int(thread), cores)
 
 
 def annotation(job: Job) -> Annotate:

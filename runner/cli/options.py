@@ -65,7 +65,7 @@ def _model_options(
         typer.Option(
             "--devices",
             metavar="LIST",
-            help="GPUs that the job sees, with commas between: indices, UUIDs or MIG ids.",
+            help="GPUs that the job sees, with commas between: indices or UUIDs; or one MIG id.",
         ),
     ] = None,
     network_guard: Annotated[
@@ -152,7 +152,7 @@ def _job_options(
         )
     from runner.bundled import open_job
 
-    check_bundle(bundle)
+    check_bundle(bundle, on_mismatch=on_mismatch.value)
     job = open_job(
         bundle,
         overrides=overrides,

@@ -12,7 +12,9 @@ from typing import TYPE_CHECKING
 from parallel.errors import PreflightError
 
 if TYPE_CHECKING:
+    from runner.bundle.bundle import Bundle
     from runner.config.load import LoadedConfig
+    from runner.observe.finding import Finding
     from runner.observe.preflight import Demand
 
 _ASKED = "SHARDLINE_PREFLIGHT"
@@ -29,21 +31,16 @@ def check_model(loaded: "LoadedConfig", *, compiles: bool = False) -> None:
     Raises:
         PreflightError: something is missing.
     """
-    if not _is_due():
-        return
-    from runner.observe.preflight import Demand
-
-    config = loaded.config
-    backend = config.compile.backend
-    is_named = compiles or loaded.origins.get("compile.backend", "default") != "default"
-    by_backend = f"compile.backend: {backend}" if is_named and backend == "tensorrt" else None
-    by_device = "parallel.device: cuda" if config.parallel.device == "cuda" else None
-    reason = None if config.parallel.device == "cpu" else by_device or by_backend
-    _check(Demand(sum(config.parallel.tensor_parallel_sizes), gpus_for=reason))
+    if _is_due():
+        _check(_demand_of_model(loaded, compiles=compiles))
 
 
-def check_bundle(path: Path) -> None:
+def check_bundle(path: Path, *, on_mismatch: str) -> None:
     """Check for a job that runs from a bundle, every file of which is read, if that was asked for.
+
+    Args:
+        on_mismatch: see `runner.bundled.open_job`; without a GPU, what is not refused runs on the
+            CPU.
 
     Raises:
         PreflightError: something is missing.
@@ -52,13 +49,52 @@ def check_bundle(path: Path) -> None:
     if not _is_due():
         return
     from runner.bundle.bundle import Bundle
-    from runner.observe.preflight import Demand
 
     bundle = Bundle.open(path)
-    on_gpu = bundle.manifest.host.device != "cpu"
-    reason = f"{path}, which was compiled for GPUs," if on_gpu else None
-    _check(Demand(len(bundle.plan.ranks), gpus_for=reason))
+    _check(_demand_of_bundle(bundle, on_mismatch))
     bundle.verify()
+
+
+def check_socket(uds: str | None) -> None:
+    """Check for a server at a Unix socket whether it can be made, if that was asked for.
+
+    Raises:
+        PreflightError: it cannot.
+    """
+    if uds is None or not _is_due():
+        return
+    from runner.observe.preflight import inspect_socket_dir
+
+    _tell([inspect_socket_dir(uds)])
+
+
+def _demand_of_model(loaded: "LoadedConfig", *, compiles: bool) -> "Demand":
+    from runner.observe.preflight import Demand
+
+    config = loaded.config
+    num_ranks, device = sum(config.parallel.tensor_parallel_sizes), config.parallel.device
+    is_named = compiles or loaded.origins.get("compile.backend", "default") != "default"
+    by_backend = is_named and config.compile.backend == "tensorrt"
+    on_cpu = "--device cpu" + ", and another compile.backend" * by_backend
+    if device == "cpu":
+        return Demand(num_ranks)
+    if device == "cuda" or by_backend:
+        reason = "parallel.device: cuda" if device == "cuda" else "compile.backend: tensorrt"
+        return Demand(num_ranks, "needed", reason, on_cpu)
+    return Demand(num_ranks, "expected", "parallel.device: auto", on_cpu)
+
+
+def _demand_of_bundle(bundle: "Bundle", on_mismatch: str) -> "Demand":
+    from runner.observe.preflight import Demand
+
+    num_ranks, manifest = len(bundle.plan.ranks), bundle.manifest
+    if manifest.host.device == "cpu":
+        return Demand(num_ranks)
+    reason = f"{bundle.path}, which was compiled for GPUs,"
+    rebuilds_on_cpu = on_mismatch == "rebuild" and "tensorrt" not in manifest.backends
+    if on_mismatch == "eager" or rebuilds_on_cpu:
+        return Demand(num_ranks, "taken", reason)
+    return Demand(num_ranks, "needed", reason, "--on-mismatch eager")
 
 
 def _is_due() -> bool:
@@ -71,7 +107,11 @@ def _is_due() -> bool:
 def _check(demand: "Demand") -> None:
     from runner.observe.preflight import inspect_host
 
-    findings = [f for f in inspect_host(demand) if f.status in ("error", "warning")]
+    _tell(inspect_host(demand))
+
+
+def _tell(found: "list[Finding]") -> None:
+    findings = [finding for finding in found if finding.status in ("error", "warning")]
     for finding in findings:
         fix = f"; fix: {finding.fix}" if finding.fix else ""
         sys.stderr.write(f"shardline: preflight {finding.status}, {finding.check}: ")

@@ -10,6 +10,7 @@ import typer
 
 from parallel.errors import PreflightError
 from runner.cli.options import with_job_options
+from runner.cli.preflight import check_socket
 from runner.cli.ranks import on_ranks, say_what_runs
 
 if TYPE_CHECKING:
@@ -46,6 +47,7 @@ def serve(
         server = job.config.server.model_copy(update={"uds": str(uds)})
         job = replace(job, config=job.config.model_copy(update={"server": server}))
     if adopt() is None:
+        check_socket(job.config.server.uds)
         check_server(job)
         say_what_runs(job)
     on_ranks(job.plan.topology, partial(serve_rank, job), drains=True)

@@ -16,10 +16,11 @@ def show_devices(listed: str | None) -> None:
     """Let this process and its ranks see these GPUs only; device 0 is then the first of them.
 
     Args:
-        listed: with commas between: indices, UUIDs (GPU-...) or MIG ids (MIG-...); None: no change.
+        listed: with commas between: indices or UUIDs (GPU-...); or one MIG id (MIG-...); None: no
+            change.
 
     Raises:
-        ConfigError: an entry is none of these, or is given twice.
+        ConfigError: an entry is none of these, or is given twice; a MIG id is not alone.
     """
     if listed is None:
         return
@@ -32,6 +33,11 @@ def show_devices(listed: str | None) -> None:
             )
     if len(set(devices)) != len(devices):
         raise ConfigError(f"--devices {listed}: a GPU is given twice; name each once")
+    if len(devices) > 1 and any(word.startswith("MIG-") for word in devices):
+        raise ConfigError(
+            f"--devices {listed}: CUDA shows a process one MIG instance and nothing beside it; "
+            "name one alone, for a job of one rank"
+        )
     # By the bus, as nvidia-smi counts, not by speed.
     os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
     os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(devices)

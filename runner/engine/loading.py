@@ -18,7 +18,7 @@ from runner.engine.compiled_stage import Artefacts, CompiledStage
 from runner.engine.rebuilding import Artefact, build_artefacts
 from runner.engine.stage_runner import StageRunner
 from runner.models.attention import Attention
-from runner.models.attention_choice import make_attention
+from runner.models.attention_choice import choose_decode, make_attention
 from runner.models.decoder import DecoderStage
 from runner.planning import DecoderJob
 
@@ -54,6 +54,7 @@ def make_runner(
         dtype=getattr(torch, job.plan.dtype),
         block_size=job.config.kv_cache.block_size,
         head_dim=job.spec.config.head_dim,
+        decode=choose_decode(context),
     )
     stage = make_stage(job, context.rank, context.tp, attend)
     stage.load(weights)

@@ -6,6 +6,7 @@ from typing import Protocol
 
 from parallel.annotate import for_torch
 from parallel.announcements import Announcements
+from parallel.collectives import minimum
 from parallel.launch import RankEnv
 from parallel.progress import Doing, ProgressBoard
 from runner.compiler.counter import compilations, count_compilations, watch_triton
@@ -19,6 +20,7 @@ from runner.engine.stage_runner import StageRunner
 from runner.engine.step_profile import StepProfile
 from runner.engine.token_exchange import TokenExchange
 from runner.joining import annotation, as_rank, confine, join, spare_collector
+from runner.models.attention_choice import fit_block_size, is_capturable
 from runner.planning import DecoderJob
 
 _LOG = logging.getLogger(__name__)
@@ -131,7 +133,8 @@ def loop(engine: Engine, front: Front | None, profile: StepProfile | None = None
 def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None) -> Engine:
     """Agree with the other ranks on the size of the KV cache, and put the engine together."""
     config, context = job.config, stage_runner.context
-    block_size = config.kv_cache.block_size
+    fitting = fit_block_size(stage_runner.stage.attend, config.kv_cache.block_size)
+    block_size = -minimum(-fitting, context.setup)
     num_blocks = agree_on_blocks(
         front.kv_blocks(block_size) if front else 0,
         context,
@@ -140,7 +143,8 @@ def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None)
         utilization=config.kv_cache.gpu_memory_utilization,
     )
     stage_runner.allocate(num_blocks, block_size)
-    if stage_runner.padding and context.device.type == "cuda" and not config.compile.enforce_eager:
+    may_capture = context.device.type == "cuda" and not config.compile.enforce_eager
+    if stage_runner.padding and may_capture and _can_all_capture(stage_runner):
         stage_runner.capture(
             max_num_seqs=config.scheduler.max_num_seqs, max_model_len=job.plan.max_model_len
         )
@@ -152,3 +156,12 @@ def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None)
         rope_switch_length=job.spec.config.switch_length,
     )
     return Engine(scheduler, stage_runner, block_size, TokenExchange(context))
+
+
+def _can_all_capture(stage_runner: StageRunner) -> bool:
+    """Ranks capture together or not at all."""
+    is_possible = is_capturable(stage_runner.stage.attend, stage_runner.block_size)
+    if not minimum(is_possible, stage_runner.context.setup):
+        _LOG.warning("decode steps are no CUDA graphs, as their attention cannot be captured")
+        return False
+    return True

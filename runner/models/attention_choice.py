@@ -3,7 +3,6 @@
 Not here: the attentions themselves (`attention`, `varlen_attention`, `triton_attention`).
 """
 
-import importlib.util
 import logging
 from dataclasses import replace
 from itertools import takewhile
@@ -11,10 +10,15 @@ from typing import Literal
 
 import torch
 
-from parallel.errors import ConfigError
+from parallel.collectives import minimum
+from parallel.context import ParallelContext
 from parallel.slicing import HeadShare
 from runner.models.attention import Attention, GatherAttention
 from runner.models.batch import Batch
+from runner.models.triton_driver import find_obstacle
+
+Decode = Literal["triton", "varlen"]
+"""What decodes on a GPU."""
 
 _log = logging.getLogger(__name__)
 
@@ -27,7 +31,7 @@ class StepAttention:
     """
 
     def __init__(self, decode: Attention, chunks: Attention) -> None:
-        self._decode = decode
+        self.decode = decode
         self._chunks = chunks
         self._last: tuple[Batch, Batch, Batch] | None = None
 
@@ -45,10 +49,10 @@ class StepAttention:
         """See `runner.models.attention.Attention`."""
         alone = sum(1 for _ in takewhile(lambda query_len: query_len == 1, batch.query_lens))
         if alone in (0, len(batch.query_lens)):
-            attend = self._decode if alone else self._chunks
+            attend = self.decode if alone else self._chunks
             return attend(q, k, v, cache, batch, scale=scale, window=window)
         head, tail = self._cut(batch, alone)
-        first = self._decode(
+        first = self.decode(
             q[:alone], k[:alone], v[:alone], cache, head, scale=scale, window=window
         )
         rest = self._chunks(
@@ -66,6 +70,21 @@ class StepAttention:
         return self._last[1], self._last[2]
 
 
+def choose_decode(context: ParallelContext) -> Decode:
+    """Triton, where it starts on the GPUs of all ranks; every rank must call this."""
+    if context.device.type != "cuda":
+        return "triton"
+    obstacle = find_obstacle()
+    if minimum(obstacle is None, context.setup):
+        return "triton"
+    _log.warning(
+        "decoding: FlashAttention, which is slower, as Triton does not start (%s); "
+        "it needs a C compiler, or its cache from a start with one",
+        obstacle or "on another rank",
+    )
+    return "varlen"
+
+
 def make_attention(
     heads: HeadShare,
     device: torch.device,
@@ -73,20 +92,16 @@ def make_attention(
     dtype: torch.dtype,
     block_size: int,
     head_dim: int,
-    decode: Literal["triton", "varlen"] = "triton",
+    decode: Decode = "triton",
 ) -> Attention:
     """The attention of one rank.
 
     On the CPU, `GatherAttention`. On a GPU, decoding runs in Triton and chunks of prompts in
     torch's FlashAttention; where that does not take the dtype or head size, `GatherAttention` does
-    it; where Triton is not installed, FlashAttention decodes, too.
+    it. Without Triton, what takes chunks decodes, too.
 
     Args:
-        block_size: tokens of a KV block.
-        decode: what decodes on a GPU; "varlen" is for comparison.
-
-    Raises:
-        ConfigError: FlashAttention shall decode, but cannot with these sizes.
+        block_size: tokens of a KV block, where Triton decodes.
     """
     gather = GatherAttention(heads, device)
     if device.type != "cuda":
@@ -99,20 +114,38 @@ def make_attention(
         chunks = VarlenAttention(heads, device)
     else:
         _log.info("prompts: SDPA, as FlashAttention does not take %s x %d", dtype, head_dim)
-    if decode == "triton" and importlib.util.find_spec("triton") is not None:
-        from runner.models.triton_attention import TritonDecodeAttention
+    if decode == "varlen":
+        return StepAttention(chunks, chunks)
+    from runner.models.triton_attention import TritonDecodeAttention
 
-        kernel = TritonDecodeAttention(
-            heads, device, dtype=dtype, block_size=block_size, head_dim=head_dim
-        )
-        return StepAttention(kernel, chunks)
-    if chunks is gather or block_size % 256:
-        raise ConfigError(
-            "decoding without Triton needs float16 or bfloat16 and a kv_cache.block_size in "
-            f"multiples of 256, not {dtype} and {block_size}; install triton"
-        )
-    _log.info("decoding: FlashAttention, not Triton")
-    return chunks
+    kernel = TritonDecodeAttention(
+        heads, device, dtype=dtype, block_size=block_size, head_dim=head_dim
+    )
+    return StepAttention(kernel, chunks)
+
+
+def fit_block_size(attend: Attention, block_size: int) -> int:
+    """`block_size`, or where FlashAttention decodes the smallest one that it takes from the cache
+    as it is.
+    """
+    from runner.models.varlen_attention import PAGE_ROWS, VarlenAttention
+
+    is_paged = isinstance(_decoder(attend), VarlenAttention)
+    return max(block_size, PAGE_ROWS) if is_paged else block_size
+
+
+def is_capturable(attend: Attention, block_size: int) -> bool:
+    """Whether a decoding step can be a CUDA graph: all of its lengths are read on the device."""
+    from runner.models.varlen_attention import VarlenAttention
+
+    decode = _decoder(attend)
+    if isinstance(decode, VarlenAttention):
+        return decode.reads_pages(block_size)
+    return not isinstance(decode, GatherAttention)
+
+
+def _decoder(attend: Attention) -> Attention:
+    return attend.decode if isinstance(attend, StepAttention) else attend
 
 
 def _part(batch: Batch, sequences: slice, rows: slice) -> Batch:

@@ -20,7 +20,7 @@ from runner.models.attention import groups_are_even, write_kv
 from runner.models.batch import Batch
 
 _QKV = tuple[torch.Tensor, torch.Tensor, torch.Tensor]
-_PAGE_ROWS = 256
+PAGE_ROWS = 256
 """FlashAttention 2 reads pages only if their size is a multiple of this."""
 _LONG_ROWS = 512
 """A prompt from this length on is worth a call of its own."""
@@ -62,7 +62,8 @@ class VarlenAttention:
             return torch.zeros_like(q).flatten(1)
         # Torch counts the tokens before the own one; -1: all of them.
         sides = (-1 if window is None else window - 1, 0)
-        if self._reads_pages(cache, batch):
+        only_decodes = all(query_len == 1 for query_len in batch.query_lens)
+        if only_decodes and self.reads_pages(cache.shape[2]):
             output = _decode_pages(q[:real], cache, batch, scale, sides)
         elif self._cudnn_takes(q):
             output = self._attend_in_runs((q, k, v), cache, batch, scale, window)
@@ -71,6 +72,10 @@ class VarlenAttention:
         if real < len(q):
             output = torch.cat([output, torch.zeros_like(q[real:])])
         return output.flatten(1)
+
+    def reads_pages(self, block_size: int) -> bool:
+        """Whether a decoding step is taken from a cache of such blocks as it is."""
+        return self._is_even and block_size % PAGE_ROWS == 0
 
     def _attend_in_runs(
         self, qkv: _QKV, cache: torch.Tensor, batch: Batch, scale: float, window: int | None
@@ -153,11 +158,6 @@ class VarlenAttention:
         )
         assert isinstance(output, torch.Tensor)  # A pair only where more was asked for.
         return output
-
-    def _reads_pages(self, cache: torch.Tensor, batch: Batch) -> bool:
-        """Whether this is a decoding step that the kernel can take from the cache as it is."""
-        only_decodes = all(query_len == 1 for query_len in batch.query_lens)
-        return only_decodes and self._is_even and cache.shape[2] % _PAGE_ROWS == 0
 
 
 def supports(dtype: torch.dtype, head_dim: int, device: torch.device) -> bool:

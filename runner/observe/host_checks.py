@@ -136,6 +136,22 @@ def judge_cache_dir(directory: Directory, *, uid: int) -> Finding:
     return _judge_directory("cache", directory, severe="error", fix=fix)
 
 
+def judge_socket_dir(directory: Directory, *, gid: int, in_container: bool) -> Finding:
+    """Where a server makes its Unix socket; Docker makes a folder that is absent for root alone."""
+    path = directory.path
+    if directory.space is not None and directory.writable:
+        return Finding("socket_dir", "ok", path)
+    fix = f"as root: install -d -m 0770 -g {gid} {path}"
+    if in_container:
+        mount = f"FOLDER:{path}"
+        fix = (
+            f"on the host, as root: install -d -m 0770 -g {gid} FOLDER; docker run -v {mount}   "
+            f"(compose: volumes: [{mount}])"
+        )
+    lack = "is not writable" if directory.space else "does not exist"
+    return Finding("socket_dir", "error", f"{path} {lack}; no socket can be made there", fix)
+
+
 def judge_passwd(uid: int, *, gid: int, has_line: bool, required: bool) -> Finding:
     """A line for the uid in the user database; `torch_tensorrt` crashes at import without one."""
     if has_line:

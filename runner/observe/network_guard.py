@@ -16,6 +16,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -24,6 +25,7 @@ Mode = Literal["off", "warn", "strict"]
 
 _MODE = "SHARDLINE_NETWORK_GUARD"
 _REPORT = "SHARDLINE_NETWORK_REPORT"
+_JOB = "SHARDLINE_NETWORK_JOB"
 _SITE = Path(__file__).parent / "guard_site"
 _ASKED = "shardline.network_guard"
 """An audit event of our own, by which a process finds out whether it is guarded."""
@@ -57,15 +59,15 @@ def guard_network(mode: Mode, *, report: str | None = None) -> None:
     """
     if mode == "off" or _is_guarded():
         return
-    os.environ[_MODE] = mode
+    os.environ[_MODE], os.environ[_JOB] = mode, _name_job()
     os.environ[_REPORT] = report or os.path.join(
-        tempfile.gettempdir(), f"shardline-network-{os.getpid()}-{time.time_ns():x}.jsonl"
+        tempfile.gettempdir(), f"shardline-network-{os.environ[_JOB]}.jsonl"
     )
     inherited = os.environ.get("PYTHONPATH")
-    root = str(Path(__file__).parents[2])
-    paths = [str(_SITE), *([inherited] if inherited else [root])]
+    # A child may be another Python, which has no shardline.
+    paths = [str(_SITE), str(Path(__file__).parents[2]), *([inherited] if inherited else [])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    if report:
+    if report and os.environ.get("RANK", "0") == "0":
         _append(_head(mode))
     sys.addaudithook(_hook(mode))
 
@@ -107,15 +109,11 @@ _BORN_WITH = (
 
 def count_events() -> Counts:
     """What has been seen so far, by every process of the job."""
-    refused = seen = 0
-    for line in _lines():
-        if "guard" in line:  # An earlier job wrote into the same file.
-            refused = seen = 0
-        elif line.get("refused"):
-            refused += 1
-        else:
-            seen += 1
-    return Counts(refused, seen)
+    # Earlier jobs may have written into the same file.
+    job = os.environ.get(_JOB)
+    ours = [line for line in _lines() if line.get("job") == job and "refused" in line]
+    refused = sum(line["refused"] for line in ours)
+    return Counts(refused, len(ours) - refused)
 
 
 def is_allowed(family: int, address: Any, peers: frozenset[str] = frozenset()) -> bool:
@@ -194,6 +192,7 @@ def _tell(mode: Mode, event: str, whom: str) -> None:
     theirs = [f for f in stack if not os.path.abspath(f.filename).startswith(_STDLIB + os.sep)]
     place = (theirs or stack)[-1]
     line = {
+        "job": os.environ.get(_JOB),
         "refused": refused,
         "to": whom,
         "event": event,
@@ -205,8 +204,8 @@ def _tell(mode: Mode, event: str, whom: str) -> None:
     }
     where = os.environ.get(_REPORT, "nowhere")
     try:
-        if not os.path.exists(where):
-            _append(_head(mode))
+        with suppress(FileExistsError):  # Of several processes, one begins the report.
+            _append(_head(mode), os.O_EXCL)
         _append(line)
     except OSError as error:
         where = f"not written ({error.strerror})"
@@ -220,12 +219,31 @@ def _tell(mode: Mode, event: str, whom: str) -> None:
 
 
 def _head(mode: Mode) -> dict[str, Any]:
-    return {"guard": mode, "fence": find_fence(), "pid": os.getpid(), "time": time.time()}
+    job = os.environ.get(_JOB)
+    return {
+        "job": job,
+        "guard": mode,
+        "fence": find_fence(),
+        "pid": os.getpid(),
+        "time": time.time(),
+    }
 
 
-def _append(line: dict[str, Any]) -> None:
+def _name_job() -> str:
+    """A name that all processes of this job have, and no other job of this host.
+
+    Ranks of torchrun are guarded one by one, and have it in common; every other process inherits
+    the name.
+    """
+    pid = os.getppid() if "TORCHELASTIC_RUN_ID" in os.environ else os.getpid()
+    # The 22nd field is when it started; the second, the program's name, may have blanks.
+    fields = Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()
+    return f"{pid}-{fields[19]}"
+
+
+def _append(line: dict[str, Any], more_flags: int = 0) -> None:
     """One write, so that lines of several processes do not mix."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | more_flags
     descriptor = os.open(os.environ[_REPORT], flags, 0o644)
     try:
         os.write(descriptor, json.dumps(line).encode() + b"\n")

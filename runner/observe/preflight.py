@@ -8,11 +8,12 @@ import os
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Literal
 
 from runner.observe.finding import Finding
 from runner.observe.gpu_checks import judge_gpus
-from runner.observe.host import Directory, Host, read_directory, read_host
-from runner.observe.host_checks import judge_cache_dir, judge_host, judge_shm
+from runner.observe.host import Directory, Host, find_container, read_directory, read_host
+from runner.observe.host_checks import judge_cache_dir, judge_host, judge_shm, judge_socket_dir
 from runner.observe.nvml import Inventory, read_inventory
 from runner.observe.software import Software, find_flavour, read_software
 
@@ -24,23 +25,35 @@ class Demand:
     """What a job asks of the host.
 
     Attributes:
-        gpus_for: what needs a GPU for every rank, for the message; None: the job runs without.
+        gpus: whether every rank needs one; "taken" where there is a driver, by a torch that is
+            built for CUDA, and "expected" by it in a container without a driver, too, since that
+            may only lack an option.
+        gpus_for: what asks for them, for the message.
+        without_gpus: what lets the job run without, for the message.
     """
 
     num_ranks: int
-    gpus_for: str | None = None
+    gpus: Literal["none", "needed", "taken", "expected"] = "none"
+    gpus_for: str = ""
+    without_gpus: str | None = None
 
 
 def inspect_host(demand: Demand) -> list[Finding]:
-    """Read this host and judge it; imports torch where the job needs GPUs."""
-    inventory = read_inventory()
-    needs_torch = bool(demand.gpus_for or inventory.gpus)
-    software = read_software() if needs_torch else Software()
-    host, cache = read_host(), _read_cache()
+    """Read this host and judge it; imports torch where the job may need GPUs."""
+    inventory, host, cache = read_inventory(), read_host(), _read_cache()
     if cache is not None:
         # Python would take the cache for its temporary files; the image writes more than those.
         host = replace(host, temp_dir=read_directory("/tmp"))
+    may_need = demand.gpus in ("needed", "expected") or inventory.driver != "absent"
+    software = read_software() if may_need else Software()
     return list(judge(demand, inventory, software=software, host=host, cache=cache))
+
+
+def inspect_socket_dir(uds: str) -> Finding:
+    """Judge the folder in which a server is to make this Unix socket."""
+    folder = read_directory(os.path.dirname(os.path.abspath(uds)))
+    inside = find_container() is not None
+    return judge_socket_dir(folder, gid=os.getgid(), in_container=inside)
 
 
 def judge(
@@ -57,14 +70,15 @@ def judge(
         cache: None: there is no folder that all caches lie in, as outside of an image.
     """
     inside = host.container is not None
-    num_gpus = demand.num_ranks if demand.gpus_for else 0
+    needs_gpus = _needs_gpus(demand, inventory, torch_cuda=software.torch_cuda, inside=inside)
+    num_gpus = demand.num_ranks if needs_gpus else 0
     if num_gpus:
         found = judge_gpus(inventory, software=software, demanded=num_gpus, in_container=inside)
         for finding in found:
-            if finding.check == "gpus" and finding.status == "error":
+            if finding.check == "gpus" and finding.detail.endswith("demanded"):
                 detail = f"{finding.detail} by {demand.gpus_for}"
-                if not inventory.gpus:
-                    detail += "; for the CPU: --device cpu, and another compile.backend"
+                if not inventory.gpus and demand.without_gpus:
+                    detail += f"; for the CPU: {demand.without_gpus}"
                 yield replace(finding, detail=detail)
             else:
                 yield finding
@@ -76,6 +90,17 @@ def judge(
     yield judge_shm(host.shm, num_gpus=demand.num_ranks, in_container=inside)
     if cache is not None:
         yield judge_cache_dir(cache, uid=host.uid)
+
+
+def _needs_gpus(
+    demand: Demand, inventory: Inventory, *, torch_cuda: str | None, inside: bool
+) -> bool:
+    match demand.gpus:
+        case "taken":
+            return torch_cuda is not None and inventory.driver != "absent"
+        case "expected":
+            return torch_cuda is not None and (inventory.driver != "absent" or inside)
+    return demand.gpus == "needed"
 
 
 def _read_cache() -> Directory | None:

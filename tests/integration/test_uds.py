@@ -3,6 +3,7 @@
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -75,6 +76,14 @@ def test_a_path_that_cannot_be_listened_at(model: Path, tmp_path: Path) -> None:
         assert f"cannot listen at {path}" in done.stderr
 
 
+def test_preflight_names_the_folder_of_the_socket(model: Path, tmp_path: Path) -> None:
+    asked = ("--preflight", "serve", "--model", str(model), "--device", "cpu")
+    done = run_command(*asked, "--uds", str(tmp_path / "absent" / "s"))
+    assert done.returncode == 3, done.stderr
+    assert f"preflight error, socket_dir: {tmp_path / 'absent'} does not exist" in done.stderr
+    assert "install -d -m 0770 -g" in done.stderr
+
+
 FACTORY = """
 import socket, torch
 
@@ -83,28 +92,36 @@ def model():
         socket.create_connection(("192.0.2.1", 9), timeout=1)
     except OSError:
         pass  # as many libraries do
-    return torch.nn.Linear(4, 2)
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
 """
 
 
-def test_a_factory_that_hides_its_refusal_is_still_reported(tmp_path: Path) -> None:
-    (tmp_path / "calls_home.py").write_text(FACTORY)
+def write_plan(folder: Path, factory: str, code: str, **security: str) -> str:
+    """A plan of a tensor model that `code` makes, and an input; returns the plan's path."""
+    module = factory.partition(":")[0]
+    (folder / f"{module}.py").write_text(code)
     plan = {
         "version": 1,
         "model": {
-            "path": str(tmp_path),
-            "factory": "calls_home:model",
-            "factory_path": str(tmp_path),
+            "path": str(folder),
+            "factory": factory,
+            "factory_path": str(folder),
             "load_format": "dummy",
             "inputs": [{"name": "x", "shape": ["batch", 4]}],
         },
-        "security": {"factories": ["calls_home:model"], "network_guard": "strict"},
+        "security": {"factories": [factory], **security},
     }
-    (tmp_path / "plan.yaml").write_text(json.dumps(plan))
-    np.save(tmp_path / "x.npy", np.ones(4, np.float32))
+    path = folder / "plan.yaml"
+    path.write_text(json.dumps(plan))
+    np.save(folder / "x.npy", np.ones(4, np.float32))
+    return str(path)
+
+
+def test_a_factory_that_hides_its_refusal_is_still_reported(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path, "calls_home:model", FACTORY, network_guard="strict")
     report = tmp_path / "report.jsonl"
     done = run_command(
-        *("run", "--config", str(tmp_path / "plan.yaml"), "--device", "cpu"),
+        *("run", "--config", plan, "--device", "cpu"),
         *(str(tmp_path / "x.npy"), "--output", str(tmp_path / "out")),
         *("--set", f"security.network_report={report}"),
     )
@@ -115,9 +132,33 @@ def test_a_factory_that_hides_its_refusal_is_still_reported(tmp_path: Path) -> N
     assert any("calls_home.py" in frame for frame in events[1]["stack"])
 
 
+def test_ranks_of_torchrun_report_to_one_file(tmp_path: Path) -> None:
+    plan = write_plan(tmp_path, "calls_home:model", FACTORY, network_guard="strict")
+    report = tmp_path / "report.jsonl"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    done = run_command(
+        *("run", "--config", plan, "--device", "cpu", "-pp", "2"),
+        *(str(tmp_path / "x.npy"), "--output", str(tmp_path / "out")),
+        *("--set", f"security.network_report={report}"),
+        launcher=[*torchrun, "--nproc-per-node", "2", "-m", "runner"],
+        timeout_s=180,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [json.loads(line) for line in report.read_text().splitlines()]
+    assert sum("guard" in line for line in lines) == 1
+    assert {line["rank"] for line in lines if "refused" in line} == {"0", "1"}
+    assert len({line["job"] for line in lines}) == 1
+
+
 @pytest.mark.parametrize(
     ("listed", "said"),
-    [("0,x", "'x' is no GPU"), ("1,1", "is given twice"), ("", "'' is no GPU")],
+    [
+        ("0,x", "'x' is no GPU"),
+        ("1,1", "is given twice"),
+        ("", "'' is no GPU"),
+        ("MIG-9f,MIG-12ab", "one MIG instance and nothing beside it"),
+        ("0,MIG-9f", "one MIG instance and nothing beside it"),
+    ],
 )
 def test_devices_that_are_none(model: Path, listed: str, said: str) -> None:
     given = ["--model", str(model), "--devices", listed, "--prompt", "a"]
@@ -126,8 +167,28 @@ def test_devices_that_are_none(model: Path, listed: str, said: str) -> None:
     assert said in done.stderr
 
 
-def test_devices_are_what_torch_sees(model: Path) -> None:
+SEES = """
+import os, pathlib, torch
+
+def model():
+    seen = [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER")]
+    (pathlib.Path(__file__).parent / f"rank{os.environ.get('RANK')}").write_text(" ".join(seen))
+    return torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 2))
+"""
+
+
+@pytest.mark.parametrize("listed", ["GPU-12ab-34,3", "MIG-9f"])
+def test_every_rank_is_shown_the_devices(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str
+) -> None:
     """Without a GPU none is seen, whatever is listed; the ranks run on the CPU."""
-    given = ["--model", str(model), "--devices", "GPU-12ab-34,MIG-9f,3", "--device", "cpu"]
-    done = run_command("generate", *given, "--prompt", "a", "--max-tokens", "1")
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "7")
+    monkeypatch.delenv("CUDA_DEVICE_ORDER", raising=False)
+    plan = write_plan(tmp_path, "sees:model", SEES)
+    done = run_command(
+        *("run", "--config", plan, "--device", "cpu", "-pp", "2", "--devices", listed),
+        *(str(tmp_path / "x.npy"), "--output", str(tmp_path / "out")),
+    )
     assert done.returncode == 0, done.stderr
+    seen = [(tmp_path / f"rank{rank}").read_text() for rank in (0, 1)]
+    assert seen == [f"{listed} PCI_BUS_ID"] * 2

@@ -19,6 +19,7 @@ from runner.observe.host_checks import (
     judge_nofile,
     judge_passwd,
     judge_shm,
+    judge_socket_dir,
     judge_stack,
     judge_temp_dir,
 )
@@ -99,6 +100,30 @@ def test_temp_dir_must_work_and_home_dir_should() -> None:
 def test_temp_dir_space(free_bytes: int, status: str) -> None:
     directory = Directory("/tmp", writable=True, space=Space(100 * GIB, free_bytes))
     assert judge_temp_dir(directory, in_container=True).status == status
+
+
+@pytest.mark.parametrize(
+    ("directory", "lack"),
+    [
+        (Directory("/sockets", writable=False, space=Space(GIB, 0)), "is not writable"),
+        (Directory("/sockets", writable=False, space=None), "does not exist"),
+    ],
+)
+def test_a_socket_folder_is_made_for_the_group(directory: Directory, lack: str) -> None:
+    found = judge_socket_dir(directory, gid=0, in_container=True)
+    assert found.status == "error"
+    assert found.detail.startswith(f"/sockets {lack}")
+    assert found.fix == (
+        "on the host, as root: install -d -m 0770 -g 0 FOLDER; docker run -v FOLDER:/sockets   "
+        "(compose: volumes: [FOLDER:/sockets])"
+    )
+    outside = judge_socket_dir(directory, gid=7, in_container=False)
+    assert outside.fix == "as root: install -d -m 0770 -g 7 /sockets"
+
+
+def test_a_full_socket_folder_will_do() -> None:
+    directory = Directory("/sockets", writable=True, space=Space(GIB, 0))
+    assert judge_socket_dir(directory, gid=0, in_container=True).status == "ok"
 
 
 def test_a_passwd_line_is_required_by_torch_tensorrt() -> None:

@@ -1,6 +1,7 @@
 """The guard in processes of its own, since a hook of the interpreter stays for good."""
 
 import json
+import os
 import socket
 import subprocess
 import sys
@@ -47,16 +48,19 @@ def test_the_fence_is_a_namespace_with_loopback_alone() -> None:
     assert find_fence(["lo", "eth0"]) == "none: this network has eth0"
 
 
-def guarded(code: str, mode: str, report: Path) -> subprocess.CompletedProcess[str]:
+def guarded(
+    code: str, mode: str, report: Path | None, **environment: str
+) -> subprocess.CompletedProcess[str]:
     lines = [
         "from runner.observe.network_guard import guard_network, count_events",
-        f"guard_network({mode!r}, report={str(report)!r})",
+        f"guard_network({mode!r}, report={report and str(report)!r})",
         "import socket, subprocess, sys",
         code,
     ]
     return subprocess.run(
         [sys.executable, "-c", "\n".join(lines)],
         cwd=ROOT,
+        env=os.environ | environment,
         capture_output=True,
         text=True,
         timeout=60,
@@ -146,3 +150,42 @@ def test_another_sitecustomize_still_runs(tmp_path: Path) -> None:
 def test_off_does_nothing(tmp_path: Path) -> None:
     done = guarded("import os; print('SHARDLINE_NETWORK_GUARD' in os.environ)", "off", tmp_path)
     assert done.stdout == "False\n", done.stderr
+
+
+CALL_AND_COUNT = (
+    f"try:\n socket.create_connection({AWAY}, 1)\nexcept OSError: pass\nprint(count_events())"
+)
+
+
+@pytest.mark.parametrize("is_named", [True, False])
+def test_ranks_of_torchrun_share_a_report(tmp_path: Path, is_named: bool) -> None:
+    """They are children of one process, as torchrun's are, and none inherits from another."""
+    report = tmp_path / "report.jsonl" if is_named else None
+    told = {"TMPDIR": str(tmp_path), "TORCHELASTIC_RUN_ID": "none"}
+    for rank in ("1", "0", "2"):
+        done = guarded(CALL_AND_COUNT, "strict", report, RANK=rank, **told)
+    assert "Counts(refused=3, seen=0)" in done.stdout, done.stderr
+    (found,) = tmp_path.iterdir()
+    lines = events(found)
+    assert [line["rank"] for line in lines if "refused" in line] == ["1", "0", "2"]
+
+
+def test_another_job_in_the_same_report_is_not_counted(tmp_path: Path) -> None:
+    report = tmp_path / "report.jsonl"
+    for _ in range(2):
+        done = guarded(CALL_AND_COUNT, "strict", report)
+        assert "Counts(refused=1, seen=0)" in done.stdout, done.stderr
+    assert ["guard" in line for line in events(report)] == [True, False] * 2
+
+
+def test_another_python_is_guarded_whatever_path_was_inherited(tmp_path: Path) -> None:
+    child = f"import socket; socket.create_connection({AWAY}, 1)"
+    other: Any = sys
+    code = (
+        f"child = [{other._base_executable!r}, '-c', {child!r}]\n"
+        f"done = subprocess.run(child, cwd={str(tmp_path)!r}, capture_output=True, text=True)\n"
+        "print(done.stderr.splitlines()[-1])"
+    )
+    report = tmp_path / "report.jsonl"
+    done = guarded(code, "strict", report, PYTHONPATH=str(tmp_path))
+    assert "NetworkRefusedError: the network guard refused" in done.stdout, done.stderr

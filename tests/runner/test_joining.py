@@ -1,0 +1,78 @@
+"""What a rank on a GPU is confined to, where the GPU is a stand-in."""
+
+import os
+from collections.abc import Iterator
+from threading import Event, Thread
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from runner import joining
+
+JOB: Any = SimpleNamespace(
+    config=SimpleNamespace(kv_cache=SimpleNamespace(gpu_memory_utilization=0.4))
+)
+
+
+def rank_on(device: str) -> Any:
+    return SimpleNamespace(device=torch.device(device), rank=1)
+
+
+@pytest.fixture
+def shares(monkeypatch: pytest.MonkeyPatch) -> list[tuple[float, torch.device]]:
+    """What the allocator is told, on the stand-in at PCI bus 0001:1b:00.0."""
+    told: list[tuple[float, torch.device]] = []
+    gpu = SimpleNamespace(pci_domain_id=1, pci_bus_id=0x1B, pci_device_id=0)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: gpu)
+    monkeypatch.setattr(
+        torch.cuda, "set_per_process_memory_fraction", lambda *given: told.append(given)
+    )
+    return told
+
+
+@pytest.fixture
+def other_thread() -> Iterator[int]:
+    """A thread that was there before; afterwards all threads may run where they could."""
+    before, done = os.sched_getaffinity(0), Event()
+    thread = Thread(target=done.wait)
+    thread.start()
+    assert thread.native_id is not None
+    yield thread.native_id
+    done.set()
+    thread.join()
+    joining._pin(before)
+
+
+def test_a_rank_gets_its_share_and_all_threads_the_cores_of_its_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+    shares: list[tuple[float, torch.device]],
+    other_thread: int,
+) -> None:
+    allowed = os.sched_getaffinity(0)
+    if len(allowed) == 1:
+        pytest.skip("needs two cores")
+    core = max(allowed)
+    near = {"0001:1b:00.0": {core, 9999}}
+    monkeypatch.setattr(joining, "cores_near", near.__getitem__)
+    joining.confine(JOB, rank_on("cuda:2"))
+    assert shares == [(0.4, torch.device("cuda:2"))]
+    assert os.sched_getaffinity(0) == os.sched_getaffinity(other_thread) == {core}
+
+
+def test_cores_that_are_not_allowed_are_left_alone(
+    monkeypatch: pytest.MonkeyPatch,
+    shares: list[tuple[float, torch.device]],
+    other_thread: int,
+) -> None:
+    allowed = os.sched_getaffinity(0)
+    monkeypatch.setattr(joining, "cores_near", lambda _: {9999})
+    joining.confine(JOB, rank_on("cuda:0"))
+    assert len(shares) == 1
+    assert os.sched_getaffinity(0) == os.sched_getaffinity(other_thread) == allowed
+
+
+def test_a_rank_on_the_cpu_is_not_confined(shares: list[tuple[float, torch.device]]) -> None:
+    joining.confine(JOB, rank_on("cpu"))
+    assert not shares
