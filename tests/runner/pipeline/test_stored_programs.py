@@ -74,6 +74,7 @@ def test_equal_graphs_are_written_once(tmp_path: Path) -> None:
     assert len(files) - 1 == len({*zero, *one}) < len(zero) + len(one)
 
 
+@pytest.mark.full
 def test_a_stored_segment_can_be_compiled_anew(tmp_path: Path) -> None:
     """As `--on-mismatch rebuild` does it."""
     write("branches", tmp_path)
