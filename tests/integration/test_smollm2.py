@@ -24,7 +24,19 @@ NUM_TOKENS = 64
 # Stages and the ranks of each. 9 query and 3 KV heads: even at 1 and 3, uneven at 2, replicated at
 # 4.
 IN_CI = [[1], [2], [1, 3]]
-REST = [[3], [2, 1], [4], [1, 1], [2, 2], [1, 1, 1], [1, 2], [3, 1], [1, 2, 1], [2, 1, 1], [1, 1, 2]]
+REST = [
+    [3],
+    [2, 1],
+    [4],
+    [1, 1],
+    [2, 2],
+    [1, 1, 1],
+    [1, 2],
+    [3, 1],
+    [1, 2, 1],
+    [2, 1, 1],
+    [1, 1, 2],
+]
 CUTS = [
     *(pytest.param(cut, id=str(cut)) for cut in IN_CI),
     *(pytest.param(cut, id=str(cut), marks=pytest.mark.full) for cut in REST),
