@@ -9,6 +9,8 @@ from parallel.errors import DoesNotFitError, RankLostError, ShardlineError, Stal
 
 _LATE = {
     "Timed out waiting": "collective_timeout_s",
+    # To an operation of this rank, when another one of its own has passed the limit.
+    "Application timeout caused pair closure": "collective_timeout_s",
     "Watchdog caught collective operation timeout": "collective_timeout_s",
     "wait timeout after": "init_timeout_s",
 }

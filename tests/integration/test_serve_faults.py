@@ -84,8 +84,8 @@ def test_a_rank_that_stalls_is_named(model: Path, rank: int) -> None:
     assert silent.startswith(f"{NAMES[rank]} while ")
     assert not any(name in silent for name in others)
     assert "most recent call first" in said, "it shows its stack, stopped as it was"
-    if rank == 0:
-        assert all(stream.broken for stream in streams)
+    if rank == 0:  # It goes on to show its stack, and may come to tell them.
+        assert all(stream.broken or stream.error for stream in streams)
     else:
         assert all("the engine has ended" in (stream.error or "") for stream in streams)
 

@@ -27,6 +27,7 @@ def test_memory_that_runs_out_says_what_to_change(doing: str) -> None:
     ("error", "is_stalled", "is_peer"),
     [
         (RuntimeError("[gloo/transport/tcp/unbound_buffer.cc] Timed out waiting"), True, True),
+        (RuntimeError("Application timeout caused pair closure"), True, True),
         (torch.distributed.DistStoreError("wait timeout after 300000ms"), True, True),
         (RuntimeError("[gloo/transport/tcp/pair.cc:547] Connection closed by peer"), False, True),
         (torch.distributed.DistNetworkError("failed to recv"), False, True),
