@@ -14,10 +14,10 @@ printf '%s\\n' "$*" >> "$TOLD"
 case "$1 $2" in
   'save --output') echo layers > "$3" ;;
   'container inspect')
-    # A line a call: what the container is then.
+    # A line a call: what the container is then; an empty one: there is none.
     answer=$(head -n 1 "$STATES")
-    [ -n "$answer" ] || exit 1
     sed -i 1d "$STATES"
+    [ -n "$answer" ] || exit 1
     echo "$answer" ;;
   'info --format') echo '{"nvidia": {}}' ;;
 esac
