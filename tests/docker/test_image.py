@@ -157,7 +157,7 @@ def test_run_over_prompts_and_over_tensors(runtime: str, tiny: Path, tmp_path: P
             "cpu",
             "/in/scan.npy",
         ),
-        *("--output", "/out/logits"),
+        *("--output", "/out/logits", "--set", "scheduler.max_batch_size=1"),
         mounts=mounts,
     )
     assert scans.returncode == 0, scans.stderr

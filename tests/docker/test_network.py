@@ -88,6 +88,7 @@ def job(folder: Path, target: Target, how: str) -> Iterator[list[str]]:
             "inputs": [{"name": "x", "shape": ["batch", 4]}],
         },
         "security": {"factories": ["calls_home:model"]},
+        "scheduler": {"max_batch_size": 1},
     }
     (folder / "job").mkdir()
     (folder / "out").mkdir()
