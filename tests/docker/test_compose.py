@@ -60,7 +60,6 @@ def test_over_http_a_key_has_to_be_named() -> None:
     assert "name the file that holds the key" in done.stderr
 
 
-@pytest.mark.full
 def test_over_http_those_with_the_key_are_served(
     runtime: str, bundle: Path, tmp_path: Path
 ) -> None:
@@ -102,7 +101,6 @@ def wait_until_ready(client: httpx.Client, name: str) -> None:
     raise TimeoutError(docker("logs", name).stderr)
 
 
-@pytest.mark.full
 def test_up_and_down(runtime: str, bundle: Path, sockets: Path) -> None:
     settings = {
         "COMPOSE_PROFILES": "cpu",

@@ -182,7 +182,6 @@ def test_native_code_is_fenced_by_the_empty_namespace(
     assert report_of(tmp_path)[0]["fence"] == "network namespace with loopback alone"
 
 
-@pytest.mark.full
 def test_native_code_reaches_out_where_there_is_no_fence(
     runtime: str, target: Target, tmp_path: Path
 ) -> None:
