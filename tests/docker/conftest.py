@@ -1,26 +1,24 @@
-"""The images under test, built once a session from a wheelhouse, and what they run.
+"""The images under test and what they run.
 
-`scripts/test-docker` starts the engine, makes the base image and the wheelhouse, and says where
-they are; without it these tests have nothing to run on.
+`scripts/test-docker` starts the engine, makes the base image and the wheelhouse, builds the images,
+and says where the wheelhouse is; without it these tests have nothing to run on.
 """
 
-import json
 import os
 import subprocess
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from checkpoints import add_tokenizer, make_checkpoint
-from containers import Images, docker, readable, run_image, writable
+from containers import compile_in, docker, readable
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if Path(__file__).parent in item.path.parents:
             item.add_marker(pytest.mark.docker)
-            item.add_marker(pytest.mark.timeout(900))
+            item.add_marker(pytest.mark.timeout(600))
 
 
 @pytest.fixture(scope="session")
@@ -30,28 +28,22 @@ def wheelhouse() -> Path:
     return Path(path)
 
 
-@pytest.fixture(scope="session")
-def images(wheelhouse: Path) -> Images:
-    """Both targets, from the wheelhouse alone."""
-    about = json.loads((wheelhouse / "wheelhouse.json").read_text())
-    seconds = {}
-    for target in ("runtime", "builder"):
-        started = time.monotonic()
-        docker(
-            *("build", "--network", "none", "--target", target),
-            *("--tag", f"shardline-test:{target}", "--build-arg", f"BASE={about['base']}"),
-            *("--build-arg", f"VERSION={about['version']}"),
-            *("--build-arg", f"REVISION={about['revision']}"),
-            *("--file", str(wheelhouse / "docker" / "Dockerfile"), str(wheelhouse)),
-            timeout_s=880,
-        )
-        seconds[target] = time.monotonic() - started
-    return Images("shardline-test:runtime", "shardline-test:builder", seconds)
+def _built(target: str) -> str:
+    name = f"shardline-test:{target}"
+    found = docker("image", "inspect", name, check=False).returncode == 0
+    assert found, f"run scripts/test-docker, which builds {name}"
+    return name
 
 
 @pytest.fixture(scope="session")
-def runtime(images: Images) -> str:
-    return images.runtime
+def runtime() -> str:
+    return _built("runtime")
+
+
+@pytest.fixture(scope="session")
+def builder() -> str:
+    """For tests with the mark `full`, without which it is not built."""
+    return _built("builder")
 
 
 @pytest.fixture(scope="session")
@@ -67,20 +59,15 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def bundle(images: Images, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The tiny model, compiled in the builder by whatever measures fastest; without a network."""
-    out = tmp_path_factory.mktemp("bundles")
-    writable(out)
-    done = run_image(
-        images.builder,
-        *("compile", "--model", "/models/tiny", "--output", "/out/bundle", "--device", "cpu"),
-        *("--set", "compile.backend=auto", "--set", "compile.buckets=[16]"),
-        *("--set", "scheduler.max_num_batched_tokens=16", "--set", "scheduler.max_num_seqs=8"),
-        mounts=[f"{tiny.parent}:/models:ro", f"{out}:/out"],
-        timeout_s=600,
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
-    return out / "bundle"
+def bundle(runtime: str, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the tiny model, by `eager`, which needs no compiler."""
+    return compile_in(runtime, tiny, tmp_path_factory.mktemp("bundles"), "eager")
+
+
+@pytest.fixture(scope="session")
+def compiled(builder: str, tiny: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Of the tiny model, compiled by the builder's g++."""
+    return compile_in(builder, tiny, tmp_path_factory.mktemp("compiled"), "inductor")
 
 
 @pytest.fixture

@@ -1,34 +1,41 @@
 """What the images are, and every command in them as the contract has it."""
 
 import json
+import re
+import uuid
 from pathlib import Path
 
 import numpy as np
 import pytest
-from containers import CONTRACT, Images, docker, readable, run_image, without, writable
+from containers import CONTRACT, Served, docker, readable, run_image, without, writable
 
 MOST_RUNTIME_BYTES = 1_200_000_000
 """Of the runtime for a CPU; what it measures is in docs/measurements.md."""
 
 
-def test_the_runtime_is_small_and_has_no_compiler(
-    images: Images, capsys: pytest.CaptureFixture[str]
-) -> None:
-    sizes = {
-        name: int(docker("image", "inspect", "--format", "{{.Size}}", name).stdout)
-        for name in (images.runtime, images.builder)
-    }
+LOOK = "command -v g++ gcc cc clang tcc; find / -xdev -name torch.h -o -xdev -name Python.h"
+"""Prints what compiles, and what it would include."""
+
+
+def size_of(image: str, capsys: pytest.CaptureFixture[str]) -> int:
+    """In bytes; told to whoever reads the log, too."""
+    size = int(docker("image", "inspect", "--format", "{{.Size}}", image).stdout)
     with capsys.disabled():
-        for name, size in sizes.items():
-            seconds = images.seconds[name.partition(":")[2]]
-            print(f"\n{name}: {size / 1e6:.0f} MB, built in {seconds:.0f} s", end="")
-    assert sizes[images.runtime] <= MOST_RUNTIME_BYTES
-    look = "command -v g++ gcc cc clang tcc; find / -xdev -name torch.h -o -xdev -name Python.h"
-    assert run_image(images.runtime, "sh", "-c", look).stdout == ""
-    assert "/usr/bin/g++" in run_image(images.builder, "sh", "-c", look).stdout
+        print(f"\n{image}: {size} bytes", end="")
+    return size
 
 
-def test_the_builder_has_all_layers_of_the_runtime_but_the_last(images: Images) -> None:
+def test_the_runtime_is_small_and_has_no_compiler(
+    runtime: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert size_of(runtime, capsys) <= MOST_RUNTIME_BYTES
+    assert run_image(runtime, "sh", "-c", LOOK).stdout == ""
+
+
+@pytest.mark.full
+def test_the_builder_has_a_compiler_and_all_layers_of_the_runtime_but_the_last(
+    runtime: str, builder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
     def layers(name: str) -> list[str]:
         return list(
             json.loads(
@@ -36,19 +43,37 @@ def test_the_builder_has_all_layers_of_the_runtime_but_the_last(images: Images) 
             )
         )
 
-    *shared, _ours = layers(images.runtime)
-    assert layers(images.builder)[: len(shared)] == shared
+    size_of(builder, capsys)
+    found = run_image(builder, "sh", "-c", LOOK).stdout
+    assert "/usr/bin/g++" in found
+    assert "torch.h" in found
+    *shared, _ours = layers(runtime)
+    assert layers(builder)[: len(shared)] == shared
 
 
 def test_labels_and_settings_are_those_that_hosts_read(runtime: str) -> None:
     config = json.loads(docker("image", "inspect", "--format", "{{json .Config}}", runtime).stdout)
     labels, environment = config["Labels"], config["Env"]
     assert labels["org.opencontainers.image.version"] == "0.1.0"
-    assert len(labels["org.opencontainers.image.revision"]) == 40
+    revision = labels["org.opencontainers.image.revision"]
+    assert re.fullmatch("[0-9a-f]{40}(-dirty)?", revision)
     assert "NVIDIA_VISIBLE_DEVICES=all" in environment
     assert "NVIDIA_DRIVER_CAPABILITIES=compute,utility" in environment
-    assert config["Healthcheck"]["Test"] == ["CMD", "shardline", "health"]
     assert config["User"] == "10001:0"
+    check, second = config["Healthcheck"], 1_000_000_000
+    assert check["Test"][-1].endswith("exec shardline health")
+    assert (check["Interval"], check["Timeout"]) == (10 * second, 8 * second)
+    assert (check["StartPeriod"], check["Retries"]) == (1800 * second, 3)
+
+
+def test_what_does_not_serve_is_not_called_unhealthy(runtime: str) -> None:
+    served = Served(f"shardline-test-{uuid.uuid4().hex[:8]}", Path())
+    options = ["--detach", "--name", served.name, "--health-interval", "1s", *CONTRACT]
+    try:
+        docker("run", *options, runtime, "sh", "-c", "sleep 60")
+        served.wait_for_health("healthy", timeout_s=60)
+    finally:
+        docker("rm", "--force", "--volumes", served.name)
 
 
 def test_any_uid_has_a_line_in_passwd(runtime: str) -> None:
@@ -132,7 +157,7 @@ def test_run_over_prompts_and_over_tensors(runtime: str, tiny: Path, tmp_path: P
             "cpu",
             "/in/scan.npy",
         ),
-        *("--output", "/out/logits"),
+        *("--output", "/out/logits", "--set", "scheduler.max_batch_size=1"),
         mounts=mounts,
     )
     assert scans.returncode == 0, scans.stderr

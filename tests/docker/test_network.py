@@ -10,13 +10,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from containers import CONTRACT, docker, readable, run_image, without, writable
+from containers import CONTRACT, Served, docker, readable, run_image, without, writable
 
 FACTORY = """
 import ctypes, os, socket, struct, sys
 import torch
 
 def model(host, port, how):
+    if how == "quietly":
+        try:
+            socket.create_connection((host, port), timeout=5)
+        except PermissionError:
+            pass
     if how == "python":
         with socket.create_connection((host, port), timeout=5) as connection:
             connection.sendall(b"hello")
@@ -26,7 +31,7 @@ def model(host, port, how):
         address = struct.pack("!2sH4s8x", family, port, socket.inet_aton(host))
         if libc.connect(libc.socket(socket.AF_INET, socket.SOCK_STREAM, 0), address, 16) != 0:
             raise OSError(ctypes.get_errno(), "ctypes: " + os.strerror(ctypes.get_errno()))
-    return torch.nn.Linear(4, 2)
+    return torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.Linear(3, 2))
 """
 
 
@@ -83,6 +88,7 @@ def job(folder: Path, target: Target, how: str) -> Iterator[list[str]]:
             "inputs": [{"name": "x", "shape": ["batch", 4]}],
         },
         "security": {"factories": ["calls_home:model"]},
+        "scheduler": {"max_batch_size": 1},
     }
     (folder / "job").mkdir()
     (folder / "out").mkdir()
@@ -121,6 +127,35 @@ def test_a_factory_that_connects_is_refused_and_named(
     assert str(head["fence"]).startswith("none: this network has eth0")
     assert event["to"] == f"{target.host} port {target.port}"
     assert any("/job/calls_home.py" in str(frame) for frame in event["stack"])  # type: ignore[attr-defined]
+
+
+def test_every_rank_is_guarded_and_the_metric_counts_them(
+    runtime: str, target: Target, tmp_path: Path, sockets: Path
+) -> None:
+    """A factory that keeps to itself that it was refused: in the launcher and in both ranks."""
+    options = [*without("--network"), "--network", target.network]
+    serve = (
+        "--config",
+        "/job/plan.yaml",
+        "--device",
+        "cpu",
+        "-pp",
+        "2",
+        "--network-guard",
+        "strict",
+    )
+    report = ("--set", "security.network_report=/out/report.jsonl")
+    with (
+        job(tmp_path, target, "quietly") as mounts,
+        Served.start(runtime, sockets, *serve, *report, mounts=mounts, options=options) as served,
+        served.client() as client,
+    ):
+        metrics = client.get("/metrics").text
+    assert not target.was_reached()
+    refused = [event for event in report_of(tmp_path) if event.get("refused")]
+    assert {"0", "1"} <= {event["rank"] for event in refused}
+    name = 'shardline_network_guard_connections_total{outcome="refused"}'
+    assert f"{name} {len(refused):.1f}" in metrics
 
 
 def test_the_network_of_that_test_is_live(runtime: str, target: Target, tmp_path: Path) -> None:

@@ -32,15 +32,6 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path / "kit"
 
 
-@pytest.fixture
-def keys(tmp_path: Path) -> tuple[Path, Path]:
-    private, public = tmp_path / "private.pem", tmp_path / "public.pem"
-    make = ["openssl", "genpkey", "-algorithm", "ed25519", "-out", private]
-    subprocess.run(make, check=True)
-    subprocess.run(["openssl", "pkey", "-in", private, "-pubout", "-out", public], check=True)
-    return private, public
-
-
 def test_what_was_sealed_is_whole(folder: Path) -> None:
     done = carry("verify", folder)
     assert done.returncode == 0, done.stderr

@@ -21,15 +21,6 @@ CONTRACT = (
 )
 
 
-@dataclass(frozen=True)
-class Images:
-    """What was built, and how many seconds that took."""
-
-    runtime: str
-    builder: str
-    seconds: dict[str, float]
-
-
 def without(option: str, *, of: Sequence[str] = CONTRACT) -> list[str]:
     """The contract without one of its options and that option's value."""
     at = list(of).index(option)
@@ -64,6 +55,33 @@ def run_image(
     return docker(*given, timeout_s=timeout_s, check=False)
 
 
+def compile_in(image: str, model: Path, out: Path, backend: str, *options: str) -> Path:
+    """The bundle that an image makes of a model in a folder; without a network.
+
+    Args:
+        out: what /out is in the container.
+        options: of `compile`; last.
+    """
+    writable(out)
+    done = run_image(
+        *(image, "compile", "--model", "/models/" + model.name, "--output", f"/out/{backend}"),
+        *(
+            "--device",
+            "cpu",
+            "--set",
+            f"compile.backend={backend}",
+            "--set",
+            "compile.buckets=[16]",
+        ),
+        *("--set", "scheduler.max_num_batched_tokens=16", "--set", "scheduler.max_num_seqs=8"),
+        *options,
+        mounts=[f"{model.parent}:/models:ro", f"{out}:/out"],
+        timeout_s=500,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return out / backend
+
+
 @dataclass(frozen=True)
 class Served:
     """A container that serves, and the socket by which it is reached from outside."""
@@ -90,7 +108,7 @@ class Served:
         """
         name = f"shardline-test-{uuid.uuid4().hex[:8]}"
         folder.mkdir(exist_ok=True)
-        folder.chmod(0o777)
+        folder.chmod(0o770)  # of root's group, which is the container's, whatever its user is
         volumes = [w for mount in (*mounts, f"{folder}:/sockets") for w in ("--volume", mount)]
         served = cls(name, folder / "s")
         try:
@@ -122,14 +140,18 @@ class Served:
         deadline = time.monotonic() + timeout_s
         while time.monotonic() < deadline:
             assert self.state["Running"], self.logs()
-            try:
-                with self.client(timeout_s=5) as client:
-                    if client.get("/health/ready").status_code == 200:
-                        return
-            except httpx.TransportError:
-                pass
+            if self.is_ready():
+                return
             time.sleep(0.3)
         raise TimeoutError(self.logs())
+
+    def is_ready(self) -> bool:
+        """Whether the server itself says so."""
+        try:
+            with self.client(timeout_s=5) as client:
+                return client.get("/health/ready").status_code == 200
+        except httpx.TransportError:
+            return False
 
     def wait_for_health(self, status: str, timeout_s: float = 180) -> None:
         """Until Docker itself says so."""
