@@ -153,9 +153,14 @@ def compiler() -> str:
 
 
 def check_compiler() -> None:
-    """Raises PreflightError: there is no C++ compiler."""
+    """Raises PreflightError: there is no C++ compiler, or no openssl, by which inductor hashes."""
     if shutil.which(compiler()) is None:
         raise PreflightError(
             f"backend inductor needs a C++ compiler, {compiler()} is not on PATH; install g++, set "
             "CXX, or use compile.backend: eager"
+        )
+    if shutil.which("openssl") is None:
+        raise PreflightError(
+            "backend inductor needs the command openssl, which is not on PATH; install openssl, or "
+            "use compile.backend: eager"
         )

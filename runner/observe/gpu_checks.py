@@ -9,7 +9,7 @@ from runner.observe.gpu_condition import judge_condition
 from runner.observe.nvml import Inventory
 from runner.observe.software import Software, parse_series
 
-_GPUS_FLAG = "docker run --gpus all"
+_GPUS_FLAG = "docker run --gpus all   (compose: reservations.devices, capabilities: [gpu])"
 
 
 def judge_gpus(

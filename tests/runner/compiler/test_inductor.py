@@ -8,7 +8,7 @@ from torch import nn
 from torch._inductor.exc import CppCompileError
 
 from parallel.errors import PreflightError, UnsupportedSegmentError
-from runner.compiler.inductor import InductorBackend
+from runner.compiler.inductor import InductorBackend, check_compiler
 from runner.compiler.segment import Segment, TensorSpec
 
 # Links as told, and then spoils the library.
@@ -40,6 +40,14 @@ def test_what_the_compiler_says_first_is_told_in_one_line(
         backend.build(segment, segment.export("cpu"), tmp_path)
     assert f"(CppCompileError: {said})" in str(raised.value)
     assert "\n" not in str(raised.value)
+
+
+def test_without_openssl_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "g++").symlink_to("/bin/true")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(PreflightError, match="install openssl"):
+        check_compiler()
 
 
 @pytest.mark.full
