@@ -142,9 +142,13 @@ def confine(job: Job, context: ParallelContext) -> None:
 
 def _pin(cores: set[int]) -> None:
     """Move every thread that there is, those of communication included; later ones inherit it."""
-    for thread in os.listdir("/proc/self/task"):
-        with suppress(ProcessLookupError):  # It may have ended meanwhile.
-            os.sched_setaffinity(int(thread), cores)
+    moved: set[str] = set()
+    # One that was not moved yet may have started another.
+    while others := set(os.listdir("/proc/self/task")) - moved:
+        for thread in others:
+            with suppress(ProcessLookupError):  # It may have ended meanwhile.
+                os.sched_setaffinity(int(thread), cores)
+        moved |= others
 
 
 def annotation(job: Job) -> Annotate:

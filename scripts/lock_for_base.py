@@ -28,7 +28,8 @@ def select(lock: str, *, python: str, machine: str) -> str:
         machine: as `uname -m` says it.
 
     Raises:
-        ValueError: torch is pinned for another Python or machine alone.
+        ValueError: a line is no pin with hashes, or torch is pinned for another Python or machine
+            alone.
     """
     minor = python.rpartition(".")[0]
     environment = {
@@ -43,7 +44,11 @@ def select(lock: str, *, python: str, machine: str) -> str:
         "sys_platform": "linux",
     }
     chosen = []
-    for pin in _PIN.finditer(lock):
+    pins = list(_PIN.finditer(lock))
+    num_lines = sum(line[:1] not in ("", " ", "#") for line in lock.splitlines())
+    if len(pins) != num_lines:
+        raise ValueError(f"{num_lines} packages, of which {len(pins)} are pinned with hashes")
+    for pin in pins:
         if pin["marker"] and not Marker(pin["marker"]).evaluate(environment):
             continue
         is_one_build = pin["name"] == "torch" and pin["hashes"].count("--hash") == 1

@@ -150,7 +150,7 @@ class OfflineFront:
 
     def take(self, outputs: list[Output]) -> None:
         """Turn a step's tokens into text, and write what is complete."""
-        self._progress.count_tokens(len(outputs))
+        self._progress.count_tokens(sum(not output.failed for output in outputs))
         with self._leaving_on_error():
             for output in outputs:
                 text = self._open[output.request_id].text

@@ -1,9 +1,9 @@
 """Who runs in the next step. Deterministic, so that every rank comes to the same answer by itself.
 
-First come, first served. A sequence is admitted when there are KV blocks for the tokens that it
-has, and takes more as it grows. Where none is left, the one that came last gives its own up and
-waits to be computed again: the first can always go on. Long prompts run in chunks, beside the
-sequences that are decoding.
+First come, first served, but for those that wait for what this step computes. A sequence is
+admitted when there are KV blocks for the tokens that it has, and takes more as it grows. Where none
+is left, the one that came last gives its own up and waits to be computed again: the first can
+always go on. Long prompts run in chunks, beside the sequences that are decoding.
 
 Several steps may be under way, one in each stage of a pipeline. A sequence whose next token such a
 step will choose waits for it; the others make the next step, so that the running sequences fall
@@ -241,6 +241,7 @@ class Scheduler:
                 continue
             if token_id == NOT_FINITE:
                 outputs.append(Output(sequence.request.request_id, token_id, None))
+                # Any of them may be the cause, one that was another's before, too.
                 self._pool.forget(sequence.blocks)
                 self._finish(sequence)
                 continue
@@ -279,8 +280,9 @@ class Scheduler:
         most = self._share(min(num_known, self._max_num_seqs))
         while step.budget and num_held < len(self._waiting):
             first = self._waiting[num_held]
-            if len(self._running) == self._max_num_seqs:
-                step.cut = "sequences"
+            # Whoever is held keeps a place, or those behind would take all of them.
+            if len(self._running) + num_held == self._max_num_seqs:
+                step.cut = "prefix" if num_held else "sequences"
                 return
             # One that gave way may have a token under way.
             if len(step.parts) >= most or first.awaits_token:

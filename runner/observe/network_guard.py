@@ -7,6 +7,7 @@ started with `--network none` has. The report says whether there is that fence. 
 nothing but the standard library, since it runs when any Python starts.
 """
 
+import fcntl
 import ipaddress
 import json
 import os
@@ -16,7 +17,7 @@ import tempfile
 import time
 import traceback
 from collections.abc import Callable, Iterator
-from contextlib import suppress
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -67,8 +68,8 @@ def guard_network(mode: Mode, *, report: str | None = None) -> None:
     # A child may be another Python, which has no shardline.
     paths = [str(_SITE), str(Path(__file__).parents[2]), *([inherited] if inherited else [])]
     os.environ["PYTHONPATH"] = os.pathsep.join(paths)
-    if report and os.environ.get("RANK", "0") == "0":
-        _append(_head(mode))
+    if report:
+        _begin(mode)
     sys.addaudithook(_hook(mode))
 
 
@@ -204,8 +205,7 @@ def _tell(mode: Mode, event: str, whom: str) -> None:
     }
     where = os.environ.get(_REPORT, "nowhere")
     try:
-        with suppress(FileExistsError):  # Of several processes, one begins the report.
-            _append(_head(mode), os.O_EXCL)
+        _begin(mode)
         _append(line)
     except OSError as error:
         where = f"not written ({error.strerror})"
@@ -241,12 +241,26 @@ def _name_job() -> str:
     return f"{pid}-{fields[19]}"
 
 
-def _append(line: dict[str, Any], more_flags: int = 0) -> None:
+def _begin(mode: Mode) -> None:
+    """Let this job's first line in the report be its head; of several processes one writes it."""
+    with _open_report() as descriptor:
+        fcntl.flock(descriptor, fcntl.LOCK_EX)  # It ends with the descriptor.
+        if all(line.get("job") != os.environ.get(_JOB) for line in _lines()):
+            os.write(descriptor, json.dumps(_head(mode)).encode() + b"\n")
+
+
+def _append(line: dict[str, Any]) -> None:
     """One write, so that lines of several processes do not mix."""
-    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | more_flags
+    with _open_report() as descriptor:
+        os.write(descriptor, json.dumps(line).encode() + b"\n")
+
+
+@contextmanager
+def _open_report() -> Iterator[int]:
+    flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT
     descriptor = os.open(os.environ[_REPORT], flags, 0o644)
     try:
-        os.write(descriptor, json.dumps(line).encode() + b"\n")
+        yield descriptor
     finally:
         os.close(descriptor)
 

@@ -6,7 +6,6 @@ from typing import Any
 from fastapi import FastAPI
 from fastapi.responses import JSONResponse, Response
 from starlette.concurrency import run_in_threadpool
-from starlette.types import ASGIApp
 
 from runner.config.schema import ServerConfig
 from runner.serve.errors import install_handlers
@@ -17,7 +16,7 @@ from runner.serve.openapi_document import publish_bodies
 from runner.serve.service import Service
 
 
-def make_app(service: Service, config: ServerConfig) -> ASGIApp:
+def make_app(service: Service, config: ServerConfig) -> Guard:
     """All routes of a model, behind the guard.
 
     Raises:

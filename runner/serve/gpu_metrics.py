@@ -72,14 +72,19 @@ class GpuMetrics(Collector):
         """
         self._monitor = monitor
         self._devices = devices
+        self._known: dict[int, Gpu] = {}
 
     def gpus(self) -> dict[int, Gpu]:
         """The GPU of each rank that has one; where the driver answers nothing, all are lost."""
         inventory = self._monitor.read()
         if inventory.driver == "broken":
-            return {n: Gpu(index, fault=inventory.reason) for n, index in enumerate(self._devices)}
+            return {
+                rank: _lost(self._known.get(rank, Gpu(device)), inventory.reason)
+                for rank, device in enumerate(self._devices)
+            }
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        return gpus_of_ranks(inventory.gpus, self._devices, visible)
+        self._known = gpus_of_ranks(inventory.gpus, self._devices, visible)
+        return self._known
 
     def describe(self) -> list[GaugeMetricFamily]:
         """Nothing is read when this is registered."""
@@ -96,6 +101,13 @@ class GpuMetrics(Collector):
         last: dict[int, float | None] = {rank: xids.get(gpu.index, 0) for rank, gpu in gpus.items()}
         says = "Value of the last XID error encountered; 0: none."
         yield _family("DCGM_FI_DEV_XID_ERRORS", says, gpus, last)
+
+
+def _lost(known: Gpu, reason: str | None) -> Gpu:
+    """What is still true of a GPU that cannot be asked any more."""
+    return Gpu(
+        known.index, uuid=known.uuid, pci_bus_id=known.pci_bus_id, name=known.name, fault=reason
+    )
 
 
 def _family(

@@ -30,7 +30,11 @@ def read_key(file: str | None) -> str | None:
 
 
 class Guard:
-    """Refuses requests before a route sees them; health and the empty page need no key."""
+    """Refuses requests before a route sees them; health and the empty page need no key.
+
+    Attributes:
+        num_answering: requests that are here whole and whose answers have not been read.
+    """
 
     def __init__(self, app: ASGIApp, *, key: str | None, max_bytes: int, shape: Shape) -> None:
         """
@@ -42,6 +46,7 @@ class Guard:
         self._key = key
         self._max_bytes = max_bytes
         self._shape = shape
+        self.num_answering = 0
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
@@ -49,7 +54,12 @@ class Guard:
             return
         try:
             self._check_key(scope)
-            await self._app(scope, await self._whole(receive), send)
+            whole = await self._whole(receive)
+            self.num_answering += 1
+            try:
+                await self._app(scope, whole, send)
+            finally:
+                self.num_answering -= 1
         except ApiError as error:
             await error.response(self._shape)(scope, receive, send)
 

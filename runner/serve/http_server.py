@@ -1,8 +1,8 @@
 """The web server in a thread of its own, beside the engine's."""
 
-import math
 import os
 import socket
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from errno import EADDRINUSE
@@ -10,14 +10,15 @@ from pathlib import Path
 from threading import Thread
 
 import uvicorn
-from starlette.types import ASGIApp
 
 from parallel.errors import ConfigError
 from runner.config.schema import ServerConfig
+from runner.serve.guard import Guard
 
 _BACKLOG = 2048
-LAST_WORDS_S = 2.0
-"""How long clients have at least to read what they are told at the end."""
+_LAST_WORDS_S = 2
+"""How long clients have in any case to read what they are told at the end."""
+_LOOK_S = 0.05
 
 
 def listen(config: ServerConfig) -> socket.socket:
@@ -87,28 +88,27 @@ def _remove_left_over(path: Path) -> None:
 
 
 @contextmanager
-def serving(
-    app: ASGIApp, listener: socket.socket, *, grace_s: Callable[[], float]
-) -> Iterator[None]:
+def serving(app: Guard, listener: socket.socket, *, grace_s: Callable[[], float]) -> Iterator[None]:
     """Answer clients while the body runs, and what is under way after it.
 
     Args:
-        grace_s: called when the body has ended well: how long clients may take to read what is
-            complete; after an error they have `LAST_WORDS_S`.
+        grace_s: called when the body has ended well: how long clients may take to read what they
+            have not read yet.
     """
-    config = uvicorn.Config(app, log_level="warning", lifespan="off")
+    config = uvicorn.Config(
+        app, log_level="warning", lifespan="off", timeout_graceful_shutdown=_LAST_WORDS_S
+    )
     server = uvicorn.Server(config)
     # Signals are the engine's business; a server outside the main thread leaves them alone.
     thread = Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
     thread.start()
-    last_s = LAST_WORDS_S
     try:
         yield
-        last_s = grace_s()
+        while app.num_answering and grace_s() > 0:
+            time.sleep(_LOOK_S)
     finally:
-        config.timeout_graceful_shutdown = math.ceil(last_s)
         server.should_exit = True
-        thread.join(last_s + 3)
+        thread.join(_LAST_WORDS_S + 3)
 
 
 def _family(host: str) -> socket.AddressFamily:

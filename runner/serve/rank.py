@@ -14,7 +14,7 @@ from runner.serve.app import make_app
 from runner.serve.guard import read_key
 from runner.serve.guard_metrics import GuardMetrics
 from runner.serve.health import watch
-from runner.serve.http_server import LAST_WORDS_S, address_of, forget, listen, serving
+from runner.serve.http_server import address_of, forget, listen, serving
 from runner.serve.language import language_service
 from runner.serve.lifecycle import Front
 from runner.serve.service import Service
@@ -39,7 +39,9 @@ def serve_rank(job: DecoderJob | GraphJob, env: RankEnv) -> None:
     app = make_app(service, config)
     service.metrics.add(GuardMetrics())
     listener = listen(config)
-    drain = _Drain(service.front, config.shutdown_timeout_s)
+    # A launcher of ours passes on what is meant for one that serves, however shortly.
+    ends_early = env.report_fd is None
+    drain = _Drain(service.front, config.shutdown_timeout_s, ends_early=ends_early)
     with serving(app, listener, grace_s=drain.left_s), first_signal_calls(drain.begin):
         address = address_of(listener)
         tell_address(address)
@@ -57,25 +59,31 @@ def serve_rank(job: DecoderJob | GraphJob, env: RankEnv) -> None:
 class _Drain:
     """The end of a server that was told to end."""
 
-    def __init__(self, front: Front, timeout_s: float) -> None:
+    def __init__(self, front: Front, timeout_s: float, *, ends_early: bool) -> None:
+        """
+        Args:
+            timeout_s: for open requests, and for their clients to read.
+            ends_early: a server that has not served anybody yet ends at once.
+        """
         self._front = front
         self._timeout_s = timeout_s
+        self._ends_early = ends_early
         self._ends_at = 0.0
 
     def begin(self, signum: int) -> None:
-        """Let open requests end; a server that is not ready has none.
+        """Let open requests end.
 
         Raises:
-            Interrupted: it ends at once.
+            Interrupted: there never were any.
         """
-        if self._front.state == "starting":
+        if self._ends_early and self._front.state == "starting":
             raise Interrupted(signum)
         self._ends_at = time.monotonic() + self._timeout_s
         self._front.drain(self._timeout_s)
 
     def left_s(self) -> float:
         """How long clients may still take to read."""
-        return max(LAST_WORDS_S, self._ends_at - time.monotonic())
+        return self._ends_at - time.monotonic()
 
 
 def check_server(job: DecoderJob | GraphJob) -> None:

@@ -3,6 +3,7 @@
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from processes import ROOT
@@ -33,6 +34,15 @@ def test_every_pin_keeps_its_hashes() -> None:
     found = ask("rtx.txt", "3.12.3").stdout
     numpy = lock[lock.index("numpy==2.5.5") :].partition("\\\n")[2]
     assert f"numpy==2.5.5 \\\n{numpy[: re.search('^[a-z]', numpy, re.M).start()]}" in found
+
+
+def test_a_line_that_is_no_pin_is_not_left_out(tmp_path: Path) -> None:
+    lock = tmp_path / "lock.txt"
+    pinned = (ROOT / "docker" / "locks" / "build.txt").read_text()
+    lock.write_text(f"{pinned}torch @ https://example.invalid/torch.whl\n")
+    done = ask(str(lock), "3.12.3")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "2 packages, of which 1 are pinned" in done.stderr
 
 
 @pytest.mark.parametrize(("python", "machine"), [("3.12.3", "x86_64"), ("3.11.2", "aarch64")])

@@ -17,6 +17,7 @@ from runner.engine.kv_blocks import BlockPool
 from runner.engine.offline import BATCHES_HELD_BACK, OfflineFront
 from runner.engine.request_maker import RequestMaker
 from runner.engine.scheduler import Output, Scheduler
+from runner.engine.sequence import NOT_FINITE
 from runner.planning import DecoderJob
 from runner.prompts.folder import open_prompt_folder
 from runner.prompts.reading import PromptFiles
@@ -85,6 +86,27 @@ def run(maker: RequestMaker, tmp_path: Path) -> Run:
 
 def ids(control: Control) -> list[int]:
     return [request.request_id for request in control.added]
+
+
+@pytest.mark.parametrize("in_order", [True, False])
+def test_a_prompt_that_gets_no_token_is_a_bad_line_and_the_rest_goes_on(
+    run: Run, in_order: bool
+) -> None:
+    run.in_order = in_order
+    run.write(*prompts(IN_ENGINE + 1))
+    with run.front() as front:
+        front.next()
+        run.say(front, 2, "c")
+        front.take([Output(0, NOT_FINITE, None)])
+        assert ids(front.next()) == [IN_ENGINE]
+        for request_id in (1, 3, 4):
+            run.say(front, request_id, "a")
+        assert front.next().leave
+        assert front.counts.answers == front.counts.completion_tokens == 4
+    numbers = [line["id"] for line in run.results()]
+    assert numbers == ([1, 2, 3, 4] if in_order else [2, 1, 3, 4])
+    assert list(run.errors()) == [1]
+    assert "logits are not finite" in run.errors()[1]
 
 
 def prompts(count: int) -> list[dict[str, Any]]:

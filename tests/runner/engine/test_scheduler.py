@@ -296,6 +296,16 @@ def test_a_known_beginning_is_not_computed_again() -> None:
     assert step(scheduler) == [(6, 4)], "the blocks of those that have ended are still known"
 
 
+def test_one_that_waits_for_a_beginning_keeps_its_place() -> None:
+    scheduler = scheduler_of(max_num_seqs=2)
+    for request_id, family in ((1, 7), (2, 7), (3, 9)):
+        scheduler.add(request(request_id, 9, 5, family=family))
+    assert step(scheduler) == [(1, 9)]
+    assert step(scheduler) == [(1, 1), (2, 1)]
+    assert scheduler.last_step is not None
+    assert scheduler.last_step.cut == "sequences"
+
+
 def test_a_beginning_of_other_frequencies_is_another_one() -> None:
     scheduler = scheduler_of(rope_switch_length=10)
     scheduler.add(request(1, 9, 2, family=7))

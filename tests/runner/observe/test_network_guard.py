@@ -167,6 +167,7 @@ def test_ranks_of_torchrun_share_a_report(tmp_path: Path, is_named: bool) -> Non
     assert "Counts(refused=3, seen=0)" in done.stdout, done.stderr
     (found,) = tmp_path.iterdir()
     lines = events(found)
+    assert ["guard" in line for line in lines] == [True, False, False, False]
     assert [line["rank"] for line in lines if "refused" in line] == ["1", "0", "2"]
 
 
