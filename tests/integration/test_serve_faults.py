@@ -180,7 +180,13 @@ def test_a_rank_that_raises_is_named_with_its_stack(model: Path, hang: Spoil) ->
     assert wait_until_gone(str(model), timeout_s=5) == []
 
 
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT], ids=lambda s: s.name)
+@pytest.mark.parametrize(
+    "signum",
+    [
+        pytest.param(signal.SIGTERM, id="SIGTERM"),
+        pytest.param(signal.SIGINT, id="SIGINT", marks=pytest.mark.full),
+    ],
+)
 def test_a_signal_under_load_lets_every_stream_end(model: Path, signum: signal.Signals) -> None:
     with Server.start(model, *CUT) as server:
         with streaming(server, 16, max_tokens=300) as reading:
