@@ -93,7 +93,7 @@ def test_a_rank_that_ignores_sigterm_is_killed() -> None:
             """,
             2,
         )
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_a_process_that_nobody_launched_is_no_rank(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -69,7 +69,7 @@ def test_the_chooser_finds_everything_built(
         by_name = {candidate.backend: candidate for candidate in built.candidates}
         assert by_name["inductor"].parity is True
         ahead = seconds[by_name["inductor"].key]
-        assert ahead - 1e-3 <= built.seconds < ahead + 1  # eager takes no time
+        assert ahead - 1e-3 <= built.seconds < ahead + 20  # eager takes next to no time
     assert compilations() == here
     assert build_ahead(works, candidates, builder, context, num_processes=2) == {}
 
