@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import signal
 from collections.abc import Callable, Iterator
 from functools import cache
 from pathlib import Path
@@ -18,6 +19,10 @@ POOL_SIZE = 6
 # Of what is started from here. Threads are of no use to small models, and where something else runs
 # on the cores they wait for one another many times longer than they work.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A shell that leaves this behind has it ignore Ctrl-C, and what is started from here would, too.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")

@@ -113,18 +113,19 @@ def _path_problems(settings: Settings) -> Iterator[Problem]:
     if is_right:
         return
     loc = ("model", "path")
+    told = shown(path, limit=4096)  # Its end is what tells paths apart.
     if is_file:
         problem = "is not a file" if os.path.exists(path) else "is not there"
-        message = f"{shown(path)} {problem}; give the file that holds the model or its weights"
+        message = f"{told} {problem}; give the file that holds the model or its weights"
     elif os.path.exists(path):
-        message = f"{shown(path)} is not a directory; give the directory that holds the model"
+        message = f"{told} is not a directory; give the directory that holds the model"
     elif _HUB_ID.fullmatch(path):
         message = (
-            f"no directory {shown(path)}; if this is a hub id: nothing is ever fetched, so "
+            f"no directory {told}; if this is a hub id: nothing is ever fetched, so "
             "download the model and give its local directory"
         )
     else:
-        message = f"no directory {shown(path)}; give the local directory that holds the model"
+        message = f"no directory {told}; give the local directory that holds the model"
     yield Problem(settings.values.get(loc), loc, message)
 
 

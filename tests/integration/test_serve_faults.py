@@ -95,9 +95,9 @@ def test_an_idle_server_lives_on_and_notices_a_rank_that_stalls(model: Path, ran
     limit = ["--set", "distributed.collective_timeout_s=3"]
     with Server.start(model, "-pp", "2", *limit) as server:
         time.sleep(5)
-        assert httpx.get(f"{server.url}/health/ready").status_code == 200
+        assert httpx.get(f"{server.url}/health/ready", timeout=60).status_code == 200
         asked = {"prompt": "x", "max_tokens": 1}
-        assert httpx.post(f"{server.url}/v1/completions", json=asked).status_code == 200
+        assert httpx.post(f"{server.url}/v1/completions", json=asked, timeout=60).status_code == 200
         os.kill(rank_pid(str(model), rank), signal.SIGSTOP)
         assert server.process.wait(15) == 9
         assert f"no sign of life from rank {rank} (stage {rank}" in "".join(server.said)

@@ -1,6 +1,5 @@
 """Tensor models at work on the ranks of a `RankPool`: small models, jobs of them, and streams."""
 
-import signal
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -319,7 +318,7 @@ def interrupt(case: Case, at: int) -> tuple[Pipeline, list[str]]:
 
     def run_until(bucket: int, slot: int) -> dict[str, torch.Tensor]:
         if next(begun) == at:
-            signal.raise_signal(signal.SIGINT)
+            raise KeyboardInterrupt
         return run(bucket, slot)
 
     worker.run = run_until  # type: ignore[method-assign]
