@@ -38,13 +38,7 @@ class Doing(IntEnum):
     @property
     def is_starting(self) -> bool:
         """Whether the rank has not come to its loop yet."""
-        return self in (
-            Doing.STARTING,
-            Doing.JOINING,
-            Doing.LOADING,
-            Doing.PREPARING,
-            Doing.COMPILING,
-        )
+        return not self.is_stepping and self is not Doing.ENDING
 
     @property
     def is_waiting(self) -> bool:

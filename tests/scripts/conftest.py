@@ -1,16 +1,12 @@
-"""Keys that folders are signed with."""
+"""What the tests of several scripts share."""
 
-import subprocess
 from pathlib import Path
 
 import pytest
+from key_pairs import make_keys
 
 
 @pytest.fixture
 def keys(tmp_path: Path) -> tuple[Path, Path]:
     """A private and a public one."""
-    private, public = tmp_path / "private.pem", tmp_path / "public.pem"
-    make = ["openssl", "genpkey", "-algorithm", "ed25519", "-out", private]
-    subprocess.run(make, check=True)
-    subprocess.run(["openssl", "pkey", "-in", private, "-pubout", "-out", public], check=True)
-    return private, public
+    return make_keys(tmp_path)

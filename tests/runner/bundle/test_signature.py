@@ -5,17 +5,10 @@ from pathlib import Path
 
 import pytest
 from bundles import flip, rewrite_manifest
+from key_pairs import make_keys
 
 from parallel.errors import ConfigError, IntegrityError
 from runner.bundle.signature import check_signature, sign_bundle
-
-
-def make_keys(folder: Path) -> tuple[Path, Path]:
-    private, public = folder / "private.pem", folder / "public.pem"
-    make = ["openssl", "genpkey", "-algorithm", "ed25519", "-out", private]
-    subprocess.run(make, check=True)
-    subprocess.run(["openssl", "pkey", "-in", private, "-pubout", "-out", public], check=True)
-    return private, public
 
 
 @pytest.fixture
