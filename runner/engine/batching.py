@@ -38,8 +38,8 @@ class StepInputs:
     """A step's numbers on the host, packed so that few copies take them to the device.
 
     Attributes:
-        longs: (4 * num_rows + num_samples,) int64: token ids, positions, rope variants, slots, and
-            the rows whose logits are wanted; padding included.
+        longs: (4 * num_rows + num_samples,) int64: token ids (see `known_ids`), positions, rope
+            variants, slots, and the rows whose logits are wanted; padding included.
         ints: (2 * num_seqs + 1,) int32: where each sequence's rows begin and the end, then the
             lengths in the KV cache.
         tables: the KV blocks of each sequence.
@@ -131,6 +131,17 @@ def lay_out(
     )
 
 
+def known_ids(token_ids: torch.Tensor, latest: torch.Tensor) -> torch.Tensor:
+    """A step's token ids, where some were laid out before the host had read them.
+
+    Args:
+        token_ids: (num_rows,) int64; -1 - i stands for the one at place i of `latest`.
+        latest: what the step before chose.
+    """
+    places = (-1 - token_ids).clamp(min=0)
+    return torch.where(token_ids < 0, latest[places], token_ids)
+
+
 def _fill(columns: NDArray[np.int64], scheduled: Seq[Scheduled], block_size: int) -> list[int]:
     """Write token ids, positions, rope variants and slots of all tokens.
 
@@ -147,7 +158,7 @@ def _fill(columns: NDArray[np.int64], scheduled: Seq[Scheduled], block_size: int
         if part.num_tokens == 1:
             # The usual case, for which the arrays below take five times as long.
             slot = sequence.blocks[first // block_size] * block_size + first % block_size
-            columns[:, start] = sequence.token_ids[first], first, sequence.rope_variant, slot
+            columns[:, start] = _only_id(part), first, sequence.rope_variant, slot
         else:
             positions = np.arange(first, first + part.num_tokens)
             blocks = np.array(sequence.blocks)[positions // block_size]
@@ -167,15 +178,20 @@ def _fill_decoding(
     """The same where each sequence has one token, which is most steps: no arrays for each."""
     rows = [
         (
-            sequence.token_ids[start],
-            start,
-            sequence.rope_variant,
-            sequence.blocks[start // block_size] * block_size + start % block_size,
+            _only_id(part),
+            part.start,
+            part.sequence.rope_variant,
+            part.sequence.blocks[part.start // block_size] * block_size + part.start % block_size,
         )
-        for sequence, start, _, _ in scheduled
+        for part in scheduled
     ]
     columns[:, : len(rows)] = np.array(rows, dtype=np.int64).reshape(-1, 4).T
     return list(range(len(rows)))
+
+
+def _only_id(part: Scheduled) -> int:
+    """Of a part of one token; see `known_ids`."""
+    return part.sequence.token_ids[part.start] if part.follows is None else -1 - part.follows
 
 
 def _copy(x: torch.Tensor, device: torch.device) -> torch.Tensor:

@@ -32,8 +32,9 @@ class _UnderWay:
 class Engine:
     """Completes requests, step by step.
 
-    As many steps are under way as there are stages, so that all have work. What is scheduled, read
-    and committed, and in which order, is the same on every rank.
+    As many steps are under way as there are stages, so that all have work; of one stage on a GPU a
+    step more, so that the host's work on a step goes on beside the device's on the one before. What
+    is scheduled, read and committed, and in which order, is the same on every rank.
     """
 
     scheduler: Scheduler
@@ -65,13 +66,16 @@ class Engine:
         A GPU works by itself: the host returns with the tokens of an earlier step and deals with
         them meanwhile. On a CPU a step is over when it has started.
         """
-        is_gpu, outputs = self.context.device.type == "cuda", []
-        if is_gpu and self._is_full:
+        # A step of several stages takes up the group whose tokens are read.
+        reads_first = self.context.device.type == "cuda" and not self._runs_ahead
+        outputs: list[Output] = []
+        if reads_first and self._is_full:
             outputs = self._finish()
         scheduled = self.scheduler.schedule()
         if scheduled:
             self._start(scheduled)
-        if not outputs and self._under_way and (not scheduled or (self._is_full and not is_gpu)):
+        reads_now = not scheduled or (self._is_full and not reads_first)
+        if not outputs and self._under_way and reads_now:
             outputs = self._finish()
         return outputs
 
@@ -92,8 +96,13 @@ class Engine:
             self._finish()
 
     @property
+    def _runs_ahead(self) -> bool:
+        """Whether a step is laid out before the tokens of the one before have been read."""
+        return self.stage_runner.latest is not None
+
+    @property
     def _is_full(self) -> bool:
-        return len(self._under_way) == self.context.topology.num_stages
+        return len(self._under_way) == self.context.topology.num_stages + self._runs_ahead
 
     def _start(self, scheduled: list[Scheduled]) -> None:
         """Run this rank's stage; the first rank of the last one chooses."""
@@ -103,14 +112,23 @@ class Engine:
             inputs = lay_out(scheduled, self.block_size, self.stage_runner.padding)
             output = self.stage_runner.run(inputs)
             sequences = [part.sequence for part in scheduled if part.samples]
-            if not sequences:
-                read: Read = list
-            elif self.context.rank == self.exchange.source:
-                assert output is not None, "it is of the last stage"
-                read = self.exchange.send(_chosen(output, sequences))
-            else:
-                read = self.exchange.expect(len(sequences) + packed_length(sequences))
+            read = self._choose(output, sequences) if sequences else list
         self._under_way.append(_UnderWay(scheduled, sequences, read))
+
+    def _choose(self, output: StepOutput | None, sequences: list[Sequence]) -> Read:
+        """Let the ranks have the next token of each sequence, on the device where steps run ahead,
+        and on the host when it reads them.
+        """
+        chosen, count = None, len(sequences) + packed_length(sequences)
+        if self.context.rank == self.exchange.source:
+            assert output is not None, "it is of the last stage"
+            chosen = _chosen(output, sequences)
+        if (latest := self.stage_runner.latest) is not None:
+            message, read = self.exchange.share(chosen, count)
+            # What marks a failure is no token; what follows it comes to nothing.
+            torch.clamp(message[: len(sequences)], min=0, out=latest[: len(sequences)])
+            return read
+        return self.exchange.expect(count) if chosen is None else self.exchange.send(chosen)
 
     def _finish(self) -> list[Output]:
         """Read and commit the oldest step."""
@@ -124,7 +142,7 @@ class Engine:
 
 def _chosen(output: StepOutput, sequences: list[Sequence]) -> torch.Tensor:
     """The next token of each sequence; behind them their probabilities, if any asks for them."""
-    chosen = sample(output.logits, output.greedy, sequences)
+    chosen = sample(output.logits, output.greedy, output.last_ids, sequences)
     if not packed_length(sequences):
         return chosen
     return torch.cat([chosen, pack(output.logits, chosen, sequences)])

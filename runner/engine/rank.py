@@ -7,6 +7,7 @@ from typing import Protocol
 from parallel.annotate import for_torch
 from parallel.announcements import Announcements
 from parallel.collectives import minimum
+from parallel.context import ParallelContext
 from parallel.launch import RankEnv
 from parallel.progress import Doing, ProgressBoard
 from runner.compiler.counter import compilations, count_compilations, watch_triton
@@ -143,6 +144,8 @@ def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None)
         utilization=config.kv_cache.gpu_memory_utilization,
     )
     stage_runner.allocate(num_blocks, block_size)
+    if may_run_ahead(context):
+        stage_runner.keep_latest(config.scheduler.max_num_seqs)
     may_capture = context.device.type == "cuda" and not config.compile.enforce_eager
     if stage_runner.padding and may_capture and _can_all_capture(stage_runner):
         stage_runner.capture(
@@ -153,9 +156,17 @@ def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None)
         max_num_seqs=config.scheduler.max_num_seqs,
         max_num_batched_tokens=config.scheduler.max_num_batched_tokens,
         num_groups=context.topology.num_stages,
+        runs_ahead=stage_runner.latest is not None,
         rope_switch_length=job.spec.config.switch_length,
     )
     return Engine(scheduler, stage_runner, block_size, TokenExchange(context))
+
+
+def may_run_ahead(context: ParallelContext) -> bool:
+    """Whether steps are laid out one ahead. A CPU gains nothing by that; of several stages all but
+    one work on other sequences meanwhile.
+    """
+    return context.device.type == "cuda" and context.topology.num_stages == 1
 
 
 def _can_all_capture(stage_runner: StageRunner) -> bool:

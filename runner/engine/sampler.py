@@ -24,12 +24,20 @@ def choose_greedily(logits: torch.Tensor) -> torch.Tensor:
     return torch.where(largest.isfinite(), chosen, NOT_FINITE)
 
 
-def sample(logits: torch.Tensor, greedy: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
+def sample(
+    logits: torch.Tensor,
+    greedy: torch.Tensor,
+    last_ids: torch.Tensor,
+    sequences: Seq[Sequence],
+) -> torch.Tensor:
     """The next token of every sequence.
 
     Args:
         logits: (num_samples, vocab_size).
         greedy: what `choose_greedily` says of them.
+        last_ids: (num_samples,) int64, the last tokens of the sequences, which the host need not
+            have read.
+        sequences: as they are when the step that computed `logits` has been scheduled.
 
     Returns:
         (num_samples,) int64 on the device of `logits`; `NOT_FINITE` where it is that in `greedy`.
@@ -38,11 +46,11 @@ def sample(logits: torch.Tensor, greedy: torch.Tensor, sequences: Seq[Sequence])
     if all(p.temperature == 0 and p.repetition_penalty == 1.0 for p in params):
         return greedy
     # A copy: the penalties are written in place, and a stage's output cannot be written to.
-    logits = _penalize(logits.to(torch.float32, copy=True), sequences)
+    logits = _penalize(logits.to(torch.float32, copy=True), last_ids, sequences)
     chosen = logits.argmax(-1)
     random_rows = [row for row, p in enumerate(params) if p.temperature > 0]
     if random_rows:
-        uniforms = [uniform(params[row].seed, len(sequences[row].token_ids)) for row in random_rows]
+        uniforms = [uniform(params[row].seed, sequences[row].num_computed) for row in random_rows]
         drawn = _draw(logits[random_rows], [params[row] for row in random_rows], uniforms)
         rows = torch.tensor(random_rows, device=logits.device)
         chosen = chosen.index_copy(0, rows, drawn)
@@ -56,12 +64,16 @@ def uniform(seed: int, position: int) -> float:
     return float(np.random.Generator(np.random.Philox(key=seed, counter=position)).random())
 
 
-def _penalize(logits: torch.Tensor, sequences: Seq[Sequence]) -> torch.Tensor:
+def _penalize(
+    logits: torch.Tensor, last_ids: torch.Tensor, sequences: Seq[Sequence]
+) -> torch.Tensor:
     """Make tokens that a sequence already holds less likely, where it asks for that."""
     for row, sequence in enumerate(sequences):
         penalty = sequence.request.sampling.repetition_penalty
         if penalty != 1.0:
-            seen = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
+            known = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
+            # One that is there twice gets the same value twice.
+            seen = torch.cat([known, last_ids[row : row + 1]])
             kept = logits[row, seen]
             logits[row, seen] = torch.where(kept < 0, kept * penalty, kept / penalty)
     return logits

@@ -8,6 +8,10 @@ always go on. Long prompts run in chunks, beside the sequences that are decoding
 Several steps may be under way, one in each stage of a pipeline. A sequence whose next token such a
 step will choose waits for it; the others make the next step, so that the running sequences fall
 into as many groups as there are stages.
+
+With one stage, steps can be scheduled one ahead: a token that has been chosen but not read takes
+its place in the next step all the same, since the device knows it. Only the host does not know yet
+whether it ends the sequence; if so, that part of the step comes to nothing.
 """
 
 from collections import deque
@@ -27,17 +31,22 @@ class Scheduled(NamedTuple):
     Attributes:
         start: place in the sequence of the first of its tokens.
         samples: whether the step reaches the sequence's end, so that its next token can be chosen.
+        follows: where its token, which has not been read, stands among those that the step before
+            chooses; None: its tokens are known.
     """
 
     sequence: Sequence
     start: int
     num_tokens: int
     samples: bool
+    follows: int | None = None
 
     @classmethod
     def of(cls, sequence: Sequence, num_tokens: int) -> "Scheduled":
         """The next pending tokens."""
-        return cls(sequence, sequence.num_computed, num_tokens, num_tokens == sequence.num_pending)
+        start = sequence.num_computed
+        follows = sequence.choice if start == len(sequence.token_ids) else None
+        return cls(sequence, start, num_tokens, num_tokens == sequence.num_pending, follows)
 
 
 class Output(NamedTuple):
@@ -114,7 +123,7 @@ class _Step:
         num_tokens = min(sequence.num_pending, self.budget)
         self.parts.append(Scheduled.of(sequence, num_tokens))
         self.budget -= num_tokens
-        end = sequence.num_computed + num_tokens
+        end = min(sequence.num_computed + num_tokens, len(sequence.token_ids))
         if end >= sequence.num_published + self.block_size:
             keys = sequence.keys(end // self.block_size, self.block_size)
             self.fresh.update(keys[sequence.num_published // self.block_size :])
@@ -130,13 +139,15 @@ class Scheduler:
         max_num_seqs: int,
         max_num_batched_tokens: int,
         num_groups: int = 1,
+        runs_ahead: bool = False,
         rope_switch_length: int | None = None,
     ) -> None:
         """
         Args:
             max_num_seqs: sequences that run at once, in all groups together.
             max_num_batched_tokens: tokens of one step.
-            num_groups: steps that may be under way at once.
+            num_groups: groups that running sequences fall into, each in a step of its own.
+            runs_ahead: schedule a step while one before it has not been committed; with one group.
             rope_switch_length: a sequence that grows beyond this is recomputed, with the second
                 variant of its rotary frequencies.
         """
@@ -144,6 +155,7 @@ class Scheduler:
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
         self._num_groups = num_groups
+        self._runs_ahead = runs_ahead
         self._rope_switch_length = rope_switch_length
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
@@ -201,10 +213,15 @@ class Scheduler:
         else:
             step.cut = "blocks"
         self.last_step = self._summary(step) if step.parts else None
+        num_chosen = 0
         for part in step.parts:
-            part.sequence.num_computed += part.num_tokens
-            part.sequence.awaits_token = part.samples
-            self._publish(part.sequence)
+            sequence = part.sequence
+            sequence.num_computed += part.num_tokens
+            self._publish(sequence)
+            if part.samples:
+                sequence.choice = num_chosen
+                sequence.num_unread += 1
+                num_chosen += 1
         return step.parts
 
     def _summary(self, step: _Step) -> StepSummary:
@@ -236,7 +253,7 @@ class Scheduler:
         sampling = [part.sequence for part in scheduled if part.samples]
         logprobs = logprobs or [None] * len(token_ids)
         for sequence, token_id, told in zip(sampling, token_ids, logprobs, strict=True):
-            sequence.awaits_token = False
+            sequence.num_unread -= 1
             if sequence.is_over:
                 continue
             if token_id == NOT_FINITE:
@@ -250,6 +267,8 @@ class Scheduler:
             outputs.append(Output(sequence.request.request_id, token_id, reason, told))
             if reason:
                 self._finish(sequence)
+            else:
+                self._publish(sequence)
         return outputs
 
     def _put_running(self, step: _Step) -> bool:
@@ -264,12 +283,18 @@ class Scheduler:
         while step.budget and num_sampling < share and index < len(self._running):
             sequence = self._running[index]
             index += 1
-            if not sequence.awaits_token and self._grow(sequence):
+            if self._may_go_on(sequence) and self._grow(sequence):
                 step.put(sequence)
                 num_sampling += step.parts[-1].samples
-        if any(not sequence.awaits_token for sequence in self._running[index:]):
+        if any(self._may_go_on(sequence) for sequence in self._running[index:]):
             step.cut = "group"
         return len(self._running) == num_running
+
+    def _may_go_on(self, sequence: Sequence) -> bool:
+        """Whether a running sequence has something to compute, as far as is known."""
+        if not sequence.num_unread:
+            return True
+        return self._runs_ahead and not sequence.will_be_over and not self._outgrows_rope(sequence)
 
     def _put_waiting(self, step: _Step) -> None:
         """Admit those that came first.
@@ -285,7 +310,7 @@ class Scheduler:
                 step.cut = "prefix" if num_held else "sequences"
                 return
             # One that gave way may have a token under way.
-            if len(step.parts) >= most or first.awaits_token:
+            if len(step.parts) >= most or first.num_unread:
                 step.cut = "group"
                 return
             self._switch_rope(first)
@@ -344,7 +369,7 @@ class Scheduler:
         """
         if self._switch_rope(sequence):
             self._release(sequence)
-        missing = self._pool.blocks_for(len(sequence.token_ids)) - len(sequence.blocks)
+        missing = self._pool.blocks_for(sequence.length) - len(sequence.blocks)
         if not missing:
             return True  # The usual case.
         while (blocks := self._pool.take(missing)) is None:
@@ -360,19 +385,27 @@ class Scheduler:
         return True
 
     def _switch_rope(self, sequence: Sequence) -> bool:
-        """Whether the sequence has just become too long for its rotary frequencies."""
+        """Let a sequence that has become too long for its rotary frequencies have the others.
+
+        Returns:
+            Whether it is so.
+        """
+        outgrows = self._outgrows_rope(sequence)
+        if outgrows:
+            sequence.switch_rope()
+        return outgrows
+
+    def _outgrows_rope(self, sequence: Sequence) -> bool:
         switch = self._rope_switch_length
-        if not switch or len(sequence.token_ids) <= switch or sequence.rope_variant:
-            return False
-        sequence.switch_rope()
-        return True
+        return switch is not None and sequence.length > switch and not sequence.rope_variant
 
     def _publish(self, sequence: Sequence) -> None:
-        """Make the blocks that have been filled known to others."""
+        """Make the blocks that have been filled known to others, once all their tokens are."""
         block_size = self._pool.block_size
-        if sequence.num_computed < sequence.num_published + block_size:
+        num_known = min(sequence.num_computed, len(sequence.token_ids))
+        if num_known < sequence.num_published + block_size:
             return
-        keys = sequence.keys(sequence.num_computed // block_size, block_size)
+        keys = sequence.keys(num_known // block_size, block_size)
         for index in range(sequence.num_published // block_size, len(keys)):
             self._pool.publish(sequence.blocks[index], keys[index])
         sequence.num_published = len(keys) * block_size

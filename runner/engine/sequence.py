@@ -17,13 +17,14 @@ class Sequence:
     """One request's state; equal on every rank.
 
     Attributes:
-        token_ids: prompt and completion so far.
+        token_ids: prompt and completion so far, as far as the host has read them.
         num_computed: how many of them have their keys and values in the cache, or will have when
             the steps that are under way are over.
         num_published: how many of these lie in blocks that others may share.
         blocks: KV blocks in order, for all tokens, while the sequence runs; empty while it waits.
         rope_variant: which rotary frequencies its cached keys have.
-        awaits_token: a step that will choose its next token is under way.
+        num_unread: tokens behind these that steps under way choose.
+        choice: place of the newest of them among all that its step chooses.
         is_over: complete or aborted.
         was_admitted: it has run, even if it waits again.
     """
@@ -34,7 +35,8 @@ class Sequence:
     num_published: int = 0
     blocks: list[int] = field(default_factory=list)
     rope_variant: int = 0
-    awaits_token: bool = False
+    num_unread: int = 0
+    choice: int = 0
     is_over: bool = False
     was_admitted: bool = False
     _keys: list[bytes] = field(default_factory=list)
@@ -44,13 +46,24 @@ class Sequence:
         return cls(request, list(request.prompt_ids))
 
     @property
+    def length(self) -> int:
+        """Its tokens, those that have not been read among them."""
+        return len(self.token_ids) + self.num_unread
+
+    @property
     def num_pending(self) -> int:
         """Tokens that are not in the cache yet; 1 while decoding."""
-        return len(self.token_ids) - self.num_computed
+        return self.length - self.num_computed
 
     @property
     def num_generated(self) -> int:
+        """Tokens of the completion that have been read."""
         return len(self.token_ids) - len(self.request.prompt_ids)
+
+    @property
+    def will_be_over(self) -> bool:
+        """Whether the tokens that have not been read bring it to its longest."""
+        return self.num_generated + self.num_unread >= self.request.max_tokens
 
     def keys(self, count: int, block_size: int) -> list[bytes]:
         """By what its first `count` blocks, which must be full, are known to `BlockPool`."""

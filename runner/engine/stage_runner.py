@@ -1,6 +1,6 @@
 """One rank's stage at work: its module, its KV cache, and the transfers before and after it."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 
 import torch
@@ -11,7 +11,7 @@ from parallel.collectives import all_reduce
 from parallel.context import ParallelContext
 from parallel.progress import Doing, ProgressBoard, ProgressWriter
 from parallel.transfer import CarryTransfer
-from runner.engine.batching import Padding, StepInputs
+from runner.engine.batching import Padding, StepInputs, known_ids
 from runner.engine.cuda_graphs import DecodeGraphs
 from runner.engine.sampler import choose_greedily
 from runner.models.batch import Batch
@@ -26,10 +26,12 @@ class StepOutput:
     Attributes:
         logits: (num_samples, vocab_size), valid until the next step.
         greedy: (num_samples,) int64; see `choose_greedily`.
+        last_ids: (num_samples,) int64, the tokens that the chosen ones follow.
     """
 
     logits: torch.Tensor
     greedy: torch.Tensor
+    last_ids: torch.Tensor
 
 
 @dataclass
@@ -42,6 +44,8 @@ class StageRunner:
         busy: how long it has computed.
         num_blocks, block_size: of the KV cache, without the block for padding. Set by `allocate`.
         padding: how steps are filled up; None: not at all. Set by `allocate`.
+        latest: (max_num_seqs,) int64, what the last step chose, where the next one is laid out
+            before the host has read it; None: it never is.
     """
 
     context: ParallelContext
@@ -54,6 +58,7 @@ class StageRunner:
     num_blocks: int = 0
     block_size: int = 0
     padding: Padding | None = None
+    latest: torch.Tensor | None = None
     progress: ProgressWriter = field(default_factory=lambda: ProgressBoard.alone().writer(0))
     busy: HostClock | StreamClock = field(init=False)
     _graphs: DecodeGraphs | None = None
@@ -82,6 +87,12 @@ class StageRunner:
             self.caches[index] = like.new_zeros(shape)
         if self.buckets:
             self.padding = Padding(self.buckets, num_blocks)
+
+    def keep_latest(self, max_num_seqs: int) -> None:
+        """Make the next steps such as may be laid out before the tokens of the one before have been
+        read; to be called before `capture`.
+        """
+        self.latest = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.context.device)
 
     def capture(self, *, max_num_seqs: int, max_model_len: int) -> None:
         """Record the decode steps of up to `max_num_seqs` sequences as CUDA graphs, the largest
@@ -126,8 +137,7 @@ class StageRunner:
             else:
                 outputs = self._forward(inputs.to(self.context.device), carry)
         if self.context.is_last_stage:
-            logits, greedy = (x[: inputs.num_samples] for x in outputs)
-            return StepOutput(logits, greedy)
+            return StepOutput(*(x[: inputs.num_samples] for x in outputs))
         self.progress.enter(Doing.SENDING)
         self.transfer.send(outputs)
         return None
@@ -142,7 +152,9 @@ class StageRunner:
         assert num_here == self.context.tp.size, "every rank of the stage adds one"
 
     def _forward(self, batch: Batch, carry: torch.Tensor | None) -> tuple[torch.Tensor, ...]:
+        if self.latest is not None:
+            batch = replace(batch, token_ids=known_ids(batch.token_ids, self.latest))
         output: torch.Tensor = self.stage(batch, self.caches, carry, self.execute)
         if self.context.is_last_stage:
-            return output, choose_greedily(output)
+            return output, choose_greedily(output), batch.token_ids[batch.logits_rows]
         return (output,)

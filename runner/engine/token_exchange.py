@@ -22,6 +22,7 @@ class TokenExchange:
     def __init__(self, context: ParallelContext) -> None:
         """All ranks must do this together."""
         self.source = context.topology.ranks(context.topology.last_stage)[0]
+        self._world = context.world
         self._group = context.world.process_group
         self._annotate = context.annotate
         self._device = context.device
@@ -31,6 +32,18 @@ class TokenExchange:
             # At a group's first call NCCL holds up every host until all have come, and the rank
             # that sends is steps ahead of those that read.
             broadcast(torch.zeros(1, device=self._device), self.source, context.world)
+
+    def share(self, chosen: torch.Tensor | None, count: int) -> tuple[torch.Tensor, Read]:
+        """Let every device have tokens, in the order of its work, and begin to copy them to the
+        host; on all ranks.
+
+        Args:
+            chosen: (count,) int64 on `source`; None elsewhere.
+        """
+        if chosen is None:
+            chosen = torch.empty(count, dtype=torch.int64, device=self._device)
+        chosen = broadcast(chosen, self.source, self._world)
+        return chosen, _to_host(chosen)
 
     def send(self, chosen: torch.Tensor) -> Read:
         """Begin to send tokens; on `source`.

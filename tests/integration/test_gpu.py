@@ -8,6 +8,7 @@ import pytest
 import rank_jobs
 import torch
 from margins import assert_same_where_clear
+from rank_pool import RankPool
 
 from parallel.context import ParallelContext
 from parallel.launch import RankEnv
@@ -17,6 +18,7 @@ from runner.bundled import open_job
 from runner.compiler.counter import count_compilations
 from runner.engine.loading import load_stage
 from runner.engine.rank import make_engine
+from runner.text.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
 
@@ -43,6 +45,33 @@ def test_captured_steps_give_the_tokens_of_the_cpu(
     for eager in (False, True):
         settings = SIZES | {"parallel.device": "cuda", "compile.enforce_eager": eager}
         assert rank_jobs.complete(cuda, model, PROMPTS, 12, GREEDY, settings) == expected
+
+
+def test_steps_that_run_ahead_or_not_choose_the_same_on_a_gpu(
+    checkpoint: Callable[[str], Path],
+) -> None:
+    """Captured steps, which take the tokens of the one before from where it put them."""
+    ways = [GREEDY, {"temperature": 1.3, "seed": 4}, {"repetition_penalty": 1.6}]
+    settings = {"parallel.device": "cuda", "scheduler.max_num_seqs": 2}
+    given = (str(checkpoint("llama")), PROMPTS, 12, ways, frozenset[int](), settings)
+    found = rank_jobs.complete_ahead_or_not(open_context("cuda"), *given)
+    assert found is not None
+    assert found[0][0][0] == found[0][1][0]
+
+
+def test_uneven_ranks_on_one_gpu_give_the_tokens_of_one(smollm2: Path, tmp_path: Path) -> None:
+    """Nine heads over two ranks are six and three."""
+    tokenizer = Tokenizer.load(smollm2)
+    prompts = [tokenizer.encode(text) for text in ("The capital of France is", "def fib(n):")]
+    settings = {"parallel.device": "cuda", "compile.enforce_eager": True}
+    arguments = str(smollm2), prompts, 48, GREEDY, settings
+    pool = RankPool(2, tmp_path, device_type="cuda", share_gpu=True)
+    try:
+        found = pool.run(rank_jobs.complete, [2], *arguments)[0]
+    finally:
+        pool.close()
+    assert tokenizer.decode(found[0]).startswith(" Paris.")
+    assert found == rank_jobs.complete(open_context("cuda"), *arguments)
 
 
 @pytest.mark.parametrize(

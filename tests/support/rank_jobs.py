@@ -9,6 +9,7 @@ import torch
 from parallel.collectives import all_reduce
 from parallel.context import ParallelContext
 from runner.config.load import load
+from runner.engine import rank
 from runner.engine.batching import lay_out
 from runner.engine.control import Control
 from runner.engine.loading import load_stage
@@ -58,10 +59,21 @@ class ListFront:
                 self._open.remove(output.request_id)
 
 
+def run_ahead(decision: bool) -> Any:
+    """Within this, whether steps are laid out before the tokens of those before have been read is
+    decided so; a CPU never does it by itself.
+    """
+    return patch.object(rank, "may_run_ahead", lambda _: decision)
+
+
 def requests_of(
-    job: DecoderJob, prompts: list[list[int]], num_tokens: int, sampling: dict[str, Any]
+    job: DecoderJob,
+    prompts: list[list[int]],
+    num_tokens: int,
+    sampling: dict[str, Any],
+    stop_token_ids: frozenset[int] = frozenset(),
 ) -> list[Request]:
-    """One request a prompt, that nothing ends before its length."""
+    """One request a prompt, that nothing but these tokens ends before its length."""
     return [
         make_request(
             index,
@@ -70,7 +82,7 @@ def requests_of(
             max_model_len=job.plan.max_model_len,
             max_tokens=num_tokens,
             sampling=SamplingParams(**sampling),
-            stop_token_ids=frozenset(),
+            stop_token_ids=stop_token_ids,
         )
         for index, ids in enumerate(prompts)
     ]
@@ -105,6 +117,36 @@ def complete_job(
     return list(front.token_ids.values()) if front else None
 
 
+def complete_ahead_or_not(
+    context: ParallelContext,
+    model: str,
+    prompts: list[list[int]],
+    num_tokens: int,
+    samplings: list[dict[str, Any]],
+    stop_token_ids: frozenset[int],
+    settings: dict[str, Any],
+) -> tuple[list[Any], list[int]] | None:
+    """Tokens and probabilities, each request sampled in its own way: when steps are read at once,
+    and when they are laid out ahead; and how many steps each took. Known on rank 0.
+    """
+    job = prepare(model, list(context.topology.tp_sizes), settings)
+    found, num_steps = [], []
+    for ahead in (False, True):
+        requests = [
+            replace(request, request_id=index, num_logprobs=2)
+            for index, (prompt, sampling) in enumerate(zip(prompts, samplings, strict=True))
+            for request in requests_of(job, [prompt], num_tokens, sampling, stop_token_ids)
+        ]
+        front = ListFront(requests)
+        with run_ahead(ahead):
+            mine = front if context.rank == 0 else None
+            engine = make_engine(job, load_stage(job, context), mine)
+        loop(engine, mine)
+        found.append((list(front.token_ids.values()), list(front.logprobs.values())))
+        num_steps.append(engine.num_started)
+    return (found, num_steps) if context.rank == 0 else None
+
+
 def complete_with_logprobs(
     context: ParallelContext,
     model: str,
@@ -132,6 +174,7 @@ def complete_in_few_blocks(
     num_tokens: int,
     settings: dict[str, Any],
     num_blocks: int,
+    ahead: bool,
 ) -> tuple[list[list[int]], list[tuple[int, int]]] | None:
     """Greedy completions with a cache of so many blocks; and of every part of every step whose it
     was and how many of its tokens were in the cache. Known on rank 0.
@@ -139,7 +182,8 @@ def complete_in_few_blocks(
     job = prepare(model, list(context.topology.tp_sizes), settings)
     front = ListFront(requests_of(job, prompts, num_tokens, {}))
     front.kv_blocks = lambda _: num_blocks  # type: ignore[method-assign]
-    engine = make_engine(job, load_stage(job, context), front if context.rank == 0 else None)
+    with run_ahead(ahead):
+        engine = make_engine(job, load_stage(job, context), front if context.rank == 0 else None)
     schedule, seen = engine.scheduler.schedule, []
 
     def watched() -> list[Scheduled]:

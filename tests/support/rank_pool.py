@@ -22,13 +22,17 @@ JOB_TIMEOUT_S = 100
 class RankPool:
     """Ranks that wait for jobs."""
 
-    def __init__(self, size: int, folder: Path, *, device_type: str = "cpu") -> None:
+    def __init__(
+        self, size: int, folder: Path, *, device_type: str = "cpu", share_gpu: bool = False
+    ) -> None:
         """
         Args:
-            device_type: "cuda": each rank has a GPU of its own.
+            device_type: "cuda": each rank has a GPU of its own, and they talk by NCCL.
+            share_gpu: all have the first GPU, and talk by gloo, since NCCL allows no such thing.
         """
         self.size = size
         self._device_type = device_type
+        self._share_gpu = share_gpu
         self._folder = folder
         self._starts = 0
         self._pipes: list[Connection] = []
@@ -54,7 +58,7 @@ class RankPool:
         self._starts += 1
         for rank in range(self.size):
             ours, theirs = spawn.Pipe()
-            args = rank, self.size, store, theirs, self._device_type
+            args = rank, self.size, store, theirs, self._device_type, self._share_gpu
             process = spawn.Process(target=_serve, args=args)
             process.daemon = True
             process.start()
@@ -93,7 +97,9 @@ class RankPool:
         self._processes, self._pipes = [], []
 
 
-def _serve(rank: int, size: int, store: str, pipe: Connection, device_type: str) -> None:
+def _serve(
+    rank: int, size: int, store: str, pipe: Connection, device_type: str, share_gpu: bool
+) -> None:
     import torch
     import torch.distributed as dist
 
@@ -103,15 +109,17 @@ def _serve(rank: int, size: int, store: str, pipe: Connection, device_type: str)
     torch.set_num_threads(1)
     device = torch.device("cpu")
     if device_type == "cuda":
-        device = torch.device("cuda", rank)
+        device = torch.device("cuda", 0 if share_gpu else rank)
         torch.cuda.set_device(device)
-    backend = "gloo" if device_type == "cpu" else "cpu:gloo,cuda:nccl"
+    backend = "gloo" if device_type == "cpu" or share_gpu else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
     contexts: dict[Topology, ParallelContext] = {}
     while True:
         job, topology, args = pipe.recv()
         if topology not in contexts:
-            contexts[topology] = ParallelContext.over_initialized(topology, rank, device)
+            contexts[topology] = ParallelContext.over_initialized(
+                topology, rank, device, all_reduce="nccl" if share_gpu else "auto"
+            )
         try:
             result = job(contexts[topology], *args) if rank < topology.world_size else None
             pipe.send((True, result))

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from runner.engine.batching import Padding, lay_out
+from runner.engine.batching import Padding, known_ids, lay_out
 from runner.engine.request import Request
 from runner.engine.scheduler import Scheduled
 from runner.engine.sequence import Sequence
@@ -63,6 +63,24 @@ def test_tokens_that_are_computed_again_go_where_they_were() -> None:
     assert batch.positions.tolist() == [0, 1, 2, 3, 4]
     assert batch.slots.tolist() == [24, 25, 26, 27, 12]
     assert batch.rope_variants.tolist() == [1] * 5
+
+
+def unread(place: int) -> Sequence:
+    """One whose third token was chosen at this place of the last step, and has not been read."""
+    found = sequence([10, 11], computed=2, blocks=[7])
+    found.num_unread, found.choice = 1, place
+    return found
+
+
+@pytest.mark.parametrize("beside", [[], [20, 21]])
+def test_tokens_that_were_not_read_are_put_in_on_the_device(beside: list[int]) -> None:
+    others = [Scheduled.of(sequence(beside, computed=0, blocks=[5]), 2)] if beside else []
+    parts = [Scheduled.of(unread(3), 1), *others, Scheduled.of(unread(0), 1)]
+    batch = lay_out(parts, 4).to(CPU)
+    ids = known_ids(batch.token_ids, torch.tensor([50, 51, 52, 53]))
+    assert ids.tolist() == [53, *beside, 50]
+    assert batch.positions.tolist()[:: len(ids) - 1] == [2, 2]
+    assert batch.kv_lens[0] == 3
 
 
 def mixed() -> list[Scheduled]:

@@ -80,10 +80,16 @@ def test_keys_differ_by_tokens_order_and_what_came_before() -> None:
     assert next_key(b"", [1, 2]) == next_key(b"", (1, 2))
 
 
-@pytest.mark.parametrize("tp_sizes", [[1], [2, 1]], ids=str)
+@pytest.mark.parametrize(
+    ("tp_sizes", "ahead"), [([1], False), ([2, 1], False), ([1], True), ([2], True)], ids=str
+)
 @pytest.mark.parametrize("name", ["llama", "gpt2"])
 def test_few_blocks_and_shared_beginnings_change_no_token(
-    name: str, tp_sizes: list[int], rank_pool: RankPool, checkpoint: Callable[[str], Path]
+    name: str,
+    tp_sizes: list[int],
+    ahead: bool,
+    rank_pool: RankPool,
+    checkpoint: Callable[[str], Path],
 ) -> None:
     """Prompts of which three begin alike, in a cache that holds about two sequences."""
     beginning = [7 + 3 * i % 90 for i in range(21)]
@@ -94,7 +100,7 @@ def test_few_blocks_and_shared_beginnings_change_no_token(
         rank_pool.run(rank_jobs.complete, [1], model, [prompt], 14, {}, settings)[0][0]
         for prompt in prompts
     ]
-    few = (model, prompts, 14, settings, 14)
+    few = (model, prompts, 14, settings, 14, ahead)
     found, parts = rank_pool.run(rank_jobs.complete_in_few_blocks, tp_sizes, *few)[0]
     assert found == alone
     cached: dict[int, list[int]] = {}

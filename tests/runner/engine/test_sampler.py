@@ -54,7 +54,8 @@ WARPERS = {"top_k": TopKLogitsWarper, "top_p": TopPLogitsWarper, "min_p": MinPLo
 
 
 def sample(logits: torch.Tensor, sequences: list[Sequence]) -> torch.Tensor:
-    return sampler.sample(logits, choose_greedily(logits), sequences)
+    last_ids = torch.tensor([sequence.request.prompt_ids[-1] for sequence in sequences])
+    return sampler.sample(logits, choose_greedily(logits), last_ids, sequences)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
@@ -68,7 +69,7 @@ def test_rows_that_are_no_numbers_are_marked(value: float) -> None:
 
 def sequence(seed: int = 0, *, ids: tuple[int, ...] = PROMPT, **values: Any) -> Sequence:
     sampling = SamplingParams(**{"temperature": 1.0, "seed": seed} | values)
-    return Sequence.of(Request(seed, ids, 1, sampling))
+    return Sequence(Request(seed, ids, 1, sampling), list(ids), num_computed=len(ids))
 
 
 def reference(logits: torch.Tensor, ids: tuple[int, ...], values: dict[str, Any]) -> torch.Tensor:
@@ -180,3 +181,15 @@ def test_the_same_logits_at_another_place_are_drawn_anew() -> None:
     logits = torch.zeros(1, 1000)
     places = [sample(logits, [sequence(3, ids=(0,) * n)]).item() for n in range(1, 40)]
     assert len(set(places)) > 30
+
+
+def test_a_token_that_the_host_has_not_read_counts_as_the_others_do() -> None:
+    values = {"repetition_penalty": 3.0, "top_k": 3}
+    logits = torch.stack([LOGITS] * 40)
+    known = [sequence(seed, ids=(1, 3, 8), **values) for seed in range(40)]
+    ahead = [sequence(seed, ids=(1, 3), **values) for seed in range(40)]
+    for one in ahead:
+        one.num_unread, one.num_computed = 2, 3
+    drawn = sampler.sample(logits, choose_greedily(logits), torch.full((40,), 8), ahead)
+    assert drawn.tolist() == sample(logits, known).tolist()
+    assert len(set(drawn.tolist())) == 3

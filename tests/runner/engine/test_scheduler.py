@@ -42,6 +42,7 @@ def scheduler_of(
     max_num_seqs: int = 8,
     max_num_batched_tokens: int = 100,
     num_groups: int = 1,
+    runs_ahead: bool = False,
     rope_switch_length: int | None = None,
 ) -> Scheduler:
     return Scheduler(
@@ -49,6 +50,7 @@ def scheduler_of(
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=max_num_batched_tokens,
         num_groups=num_groups,
+        runs_ahead=runs_ahead,
         rope_switch_length=rope_switch_length,
     )
 
@@ -209,6 +211,35 @@ def test_a_token_under_way_reaches_a_sequence_that_gave_way(
         commit(scheduler, one)
         one = scheduler.schedule()
     assert not scheduler.has_work
+
+
+def test_the_next_step_need_not_wait_for_tokens_to_be_read() -> None:
+    scheduler = scheduler_of(runs_ahead=True)
+    for request_id, max_tokens in ((1, 2), (2, 4), (3, 9)):
+        scheduler.add(request(request_id, 3, max_tokens, token(3, 4)))
+    one, two = scheduler.schedule(), scheduler.schedule()
+    assert [(p.start, p.follows) for p in one] == [(0, None)] * 3
+    assert [(p.start, p.follows) for p in two] == [(3, 0), (3, 1), (3, 2)]
+    commit(scheduler, one)
+    three = scheduler.schedule()
+    assert shape(three) == [(2, 1), (3, 1)], "the first one has come to its length"
+    assert [part.follows for part in three] == [1, 2]
+    assert [output.finish_reason for output in commit(scheduler, two)] == ["length", None, "stop"]
+    assert shape(scheduler.schedule()) == [(2, 1)]
+    assert [output.request_id for output in commit(scheduler, three)] == [2], "3 has ended before"
+
+
+def test_blocks_are_known_once_their_tokens_have_been_read() -> None:
+    pool = BlockPool(100, 4)
+    scheduler = scheduler_of(pool, runs_ahead=True)
+    scheduler.add(request(1, 7, 9))
+    steps = [scheduler.schedule(), scheduler.schedule()]
+    (part,) = steps[1]
+    assert part.start + part.num_tokens == 8, "the second block is full, but for its last token"
+    keys = Sequence.of(Request(9, (101,) * 7 + (token(1, 7),), 1)).keys(2, 4)
+    assert pool.count_known(keys) == 1
+    commit(scheduler, steps[0])
+    assert pool.count_known(keys) == 2
 
 
 def test_what_was_aborted_gets_no_token_that_was_under_way() -> None:
@@ -457,7 +488,8 @@ class Twins:
         self._check(one)
         if one:
             self.under_way.append((one, other))
-        if len(self.under_way) == self.sizes["num_groups"] or not one:
+        most = self.sizes["num_groups"] + self.sizes["runs_ahead"]
+        if len(self.under_way) == most or not one:
             self._commit()
 
     def _commit(self) -> None:
@@ -476,7 +508,10 @@ class Twins:
         assert sum(part.num_tokens for part in scheduled) <= self.sizes["max_num_batched_tokens"]
         waiting = [p.sequence for step, _ in self.under_way for p in step if p.samples]
         for part in scheduled:
-            assert all(part.sequence is not sequence for sequence in waiting)
+            places = [place for place, sequence in enumerate(waiting) if sequence is part.sequence]
+            # A token that was not read is taken from where the step under way puts it.
+            assert places == ([] if part.follows is None else [part.follows])
+            assert self.sizes["runs_ahead"] or not places
             self.admitted.setdefault(part.sequence.request.request_id, part.sequence)
         # One of a family may wait for what another of it computes.
         alone = [n for n, s in self.admitted.items() if s.request.prompt_ids[0] >= 100]
@@ -518,7 +553,9 @@ class Twins:
 
 
 def _contents(sequence: Sequence, position: int) -> tuple[int, ...]:
-    return (sequence.rope_variant, *sequence.token_ids[: position + 1])
+    ids, known = sequence.request.prompt_ids[: position + 1], len(sequence.request.prompt_ids)
+    chosen = (token(sequence.request.request_id, n) for n in range(known, position + 1))
+    return (sequence.rope_variant, *ids, *chosen)
 
 
 @settings(max_examples=200, deadline=None)
@@ -526,17 +563,22 @@ def _contents(sequence: Sequence, position: int) -> tuple[int, ...]:
     events=EVENTS,
     max_num_seqs=st.integers(1, 4),
     max_num_batched_tokens=st.integers(1, 25),
-    num_groups=st.integers(1, 3),
+    groups=st.sampled_from([(1, False), (2, False), (3, False), (1, True)]),
     rope_switch_length=st.sampled_from([None, 9]),
     num_blocks=st.integers(2, 12),
     block_size=st.sampled_from([1, 4]),
 )
 def test_whatever_happens(
-    events: list[tuple[str, int, int, int | None]], num_blocks: int, block_size: int, **sizes: Any
+    events: list[tuple[str, int, int, int | None]],
+    num_blocks: int,
+    block_size: int,
+    groups: tuple[int, bool],
+    **sizes: Any,
 ) -> None:
     """Everyone reads what is his own, no block is lost, everyone is served in turn, and two ranks
     never differ.
     """
+    sizes |= {"num_groups": groups[0], "runs_ahead": groups[1]}
     twins = Twins(sizes, num_blocks, block_size)
     for kind, first, second, family in events:
         if kind == "add":
