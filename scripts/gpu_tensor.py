@@ -1,10 +1,11 @@
 """Tensor models on one GPU: see scripts/gpu_check.
 
-    gpu_tensor.py OUT RESULT.json
+    gpu_tensor.py OUT RESULT.json [MODEL ...]
 
-Compiles each model with each backend, then runs batches of its smallest and largest bucket: one
-after the other, which gives the latency, and several in flight, where copies overlap with
-computing.
+Compiles each model (or those named) with each backend, then runs batches of its smallest and
+largest bucket: one after the other, which gives the latency, and several in flight, where copies
+overlap with computing. The vision examples run on this host's CPU, too, all of its cores, by
+PyTorch.
 """
 
 import json
@@ -37,9 +38,10 @@ from runner.pipeline.pipeline import Pipeline  # noqa: E402
 from runner.pipeline.programs import batch_size  # noqa: E402
 from runner.pipeline.rank import run_worker  # noqa: E402
 
-BACKENDS = ("tensorrt", "inductor", "eager")
-LATENCIES = 30
-IN_FLIGHT = 40
+WAYS = (("tensorrt", "cuda"), ("inductor", "cuda"), ("eager", "cuda"))
+ON_CPU = ("eager", "cpu")
+LATENCIES = {"cuda": 30, "cpu": 5}
+IN_FLIGHT = {"cuda": 40, "cpu": 8}
 TRACED = 8
 """Batches that are submitted at once."""
 
@@ -63,12 +65,14 @@ class Model:
         plan: below examples/; empty: ResNet-50.
         settings: as for `--set`.
         buckets: batch sizes.
+        is_vision: it is compared with the CPU.
     """
 
     name: str
     plan: str
     settings: tuple[str, ...]
     buckets: tuple[int, ...]
+    is_vision: bool = False
 
 
 @dataclass(frozen=True)
@@ -84,24 +88,26 @@ def models() -> Iterator[Model]:
     yield Model("ResNet-50 fp16", "", (), (1, 64))
     dummy = "model.load_format=dummy"
     anything = "model.path=pyproject.toml"
-    yield Model("EfficientNet-Lite0", "efficientnet/plan.yaml", (dummy, anything), (1, 64))
+    yield Model("EfficientNet-Lite0", "efficientnet/plan.yaml", (dummy, anything), (1, 64), True)
     yield Model("PointNet", "lidar/plan.yaml", (), (1, 16))
     ct = (dummy, anything, "model.dtype=bfloat16")
     yield Model("3-D ResNet-152 bf16", "ct/plan.yaml", ct, (1,))
     if (package := find_spec("rapidocr_onnxruntime")) and package.origin:
         detector = next(Path(package.origin).parent.rglob("*_det_infer.onnx"))
-        yield Model("PP-OCR detector", "ocr/plan.yaml", (f"model.path={detector}",), (1, 4))
+        path = f"model.path={detector}"
+        yield Model("PP-OCR detector", "ocr/plan.yaml", (path,), (1, 4), True)
 
 
 def compile_model(
-    model: Model, backend: str, out: Path, *, num_stages: int = 1
+    model: Model, backend: str, out: Path, *, num_stages: int = 1, device_type: str = "cuda"
 ) -> tuple[Path, float, int]:
     """Its bundle, the seconds that it took, and the exit code."""
     plan = ROOT / "examples" / model.plan
     if not model.plan:
         plan = out / "resnet50.yaml"
         plan.write_text(RESNET)
-    bundle = out / f"{model.name.replace(' ', '-')}-{backend}-pp{num_stages}"
+    on = "" if device_type == "cuda" else f"-{device_type}"
+    bundle = out / f"{model.name.replace(' ', '-')}-{backend}-pp{num_stages}{on}"
     settings = [
         *model.settings,
         f"compile.backend={backend}",
@@ -109,7 +115,7 @@ def compile_model(
         f"scheduler.max_batch_size={model.buckets[-1]}",
         "scheduler.preferred_batch_size=null",
         f"parallel.pipeline_parallel_size={num_stages}",
-        "parallel.device=cuda",
+        f"parallel.device={device_type}",
     ]
     command = [sys.executable, "-P", "-m", "runner", "compile", "--config", str(plan)]
     command += ["--output", str(bundle), "--overwrite"]
@@ -127,13 +133,15 @@ def compile_model(
 class Measurement:
     """What batches through one loaded bundle take."""
 
-    def __init__(self, bundle: Path) -> None:
+    def __init__(self, bundle: Path, device_type: str) -> None:
         job = open_job(bundle, accept_parity=True)
         assert isinstance(job, GraphJob)
         assert job.bundle is not None
         self.parity: dict[str, object] = job.bundle.manifest.parity
         self._job = job
-        self._context = ParallelContext.open(job.plan.topology, RankEnv(0, 1), device_type="cuda")
+        self._context = ParallelContext.open(
+            job.plan.topology, RankEnv(0, 1), device_type=device_type
+        )
         self._worker = load_worker(job, self._context)
 
     def bucket(self, index: int) -> dict[str, float]:
@@ -142,12 +150,14 @@ class Measurement:
         inputs = random_inputs(values_of(self._job.plan.buckets[index]))
         samples = [[x[row] for x in inputs] for row in range(size)]
         found: dict[str, float] = {}
+        device_type = self._context.device.type
 
         def use(pipeline: Pipeline) -> None:
             pipeline.submit(index, samples).result()
-            times = [elapsed(pipeline, 1) for _ in range(LATENCIES)]
+            times = [elapsed(pipeline, 1) for _ in range(LATENCIES[device_type])]
             found["latency, ms"] = 1e3 * median(times)
-            found["samples/s"] = IN_FLIGHT * size / elapsed(pipeline, IN_FLIGHT)
+            count = IN_FLIGHT[device_type]
+            found["samples/s"] = count * size / elapsed(pipeline, count)
 
         def elapsed(pipeline: Pipeline, count: int) -> float:
             started = time.perf_counter()
@@ -157,6 +167,8 @@ class Measurement:
             return time.perf_counter() - started
 
         run_worker(self._job, self._worker, self._context, use)
+        if device_type == "cpu":
+            return found
 
         def use_traced(pipeline: Pipeline) -> None:
             elapsed(pipeline, TRACED)
@@ -171,24 +183,26 @@ class Measurement:
         """Of the captured graph alone."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
-        for _ in range(LATENCIES):
+        for _ in range(LATENCIES["cuda"]):
             self._worker.run(index, 0)
         end.record()
         end.synchronize()
-        return start.elapsed_time(end) / LATENCIES
+        return start.elapsed_time(end) / LATENCIES["cuda"]
 
 
-def main(out: Path, result: Path) -> None:
+def main(out: Path, result: Path, names: list[str]) -> None:
     rows: list[Row] = []
     for model in models():
-        for backend in BACKENDS:
-            subject = f"{model.name}, {backend}"
-            bundle, seconds, code = compile_model(model, backend, out)
+        if names and model.name not in names:
+            continue
+        for backend, device_type in [*WAYS, ON_CPU] if model.is_vision else WAYS:
+            subject = f"{model.name}, {backend}" + (" on the CPU" if device_type == "cpu" else "")
+            bundle, seconds, code = compile_model(model, backend, out, device_type=device_type)
             rows.append(Row(subject, "compile, s", seconds))
             if code:
                 rows.append(Row(subject, "compile FAILED with exit code", code))
                 continue
-            measurement = Measurement(bundle)
+            measurement = Measurement(bundle, device_type)
             rows.append(Row(subject, "parity passed", bool(measurement.parity["passed"])))
             for index, size in enumerate(model.buckets):
                 for what, value in measurement.bucket(index).items():
@@ -199,4 +213,4 @@ def main(out: Path, result: Path) -> None:
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]))
+    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
