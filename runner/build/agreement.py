@@ -7,12 +7,32 @@ happen to be rounded says nothing. Each element's `rounding` is what it may be o
 
 import torch
 
+from runner.config.schema import CompileConfig
+
 LEAST_ERROR = 5e-4
-"""What is never too large for the largest error of an element in float32. TensorRT-RTX multiplies
-matrices with errors of up to 1e-4 of a result's norm, of which the largest is some five times that;
-cuBLAS has some 1e-7 of the norm, and `disable_tf32` changes nothing. Products in TF32 are off by
-1.4e-3 and more, and are refused (docs/measurements.md).
+"""What is never too large for the largest error of an element in float32, relative to the root mean
+square of all: products whose factors keep 14 bits or more are within it, those in TF32, which keeps
+11, are not (docs/measurements.md).
 """
+
+_TF32_EPS = 2.0**-10
+
+
+def eps_of(dtype: torch.dtype, *, allow_tf32: bool) -> float:
+    """How far apart the numbers are that a product's factors are rounded to, around 1."""
+    coarse = allow_tf32 and dtype == torch.float32
+    return _TF32_EPS if coarse else torch.finfo(dtype).eps
+
+
+def advice(config: CompileConfig, dtype: torch.dtype, device: torch.device) -> str:
+    """What may mend a comparison that failed, to be put behind its complaint; or nothing."""
+    may_be_tf32 = (dtype, device.type, config.backend) == (torch.float32, "cuda", "tensorrt")
+    if not may_be_tf32 or config.allow_tf32:
+        return ""
+    return (
+        "; TensorRT-RTX multiplies float32 in TF32: set compile.allow_tf32 to true if that is good "
+        "enough, or compile.backend to inductor, or model.dtype to bfloat16"
+    )
 
 
 def errors_of(

@@ -34,6 +34,7 @@ class Chooser:
     Attributes:
         backends: the candidates; one: it was named, and what it cannot do is an error.
         max_error_ratio: of a candidate's error to that of eager, for it to pass.
+        allow_tf32: see `CompileConfig`.
         seconds_ahead: what building took of artefacts, by key, that others have made for this.
     """
 
@@ -41,6 +42,7 @@ class Chooser:
     builder: BundleBuilder
     device: torch.device
     max_error_ratio: float
+    allow_tf32: bool = False
     seconds_ahead: Mapping[str, float] = field(default_factory=dict)
 
     def build(self, work: Work) -> Built:
@@ -89,7 +91,7 @@ class Chooser:
 
     def _measured(self, segment: Segment, candidates: list[Candidate]) -> list[Candidate]:
         """The candidates with their times and whether they compute what the segment computes."""
-        samples = Samples.draw(segment, self.device)
+        samples = Samples.draw(segment, self.device, allow_tf32=self.allow_tf32)
         by_name = {backend.name: backend for backend in self.backends}
         found = []
         for candidate in candidates:

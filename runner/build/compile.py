@@ -135,7 +135,14 @@ def _compile(recipe: Recipe, context: ParallelContext, builder: BundleBuilder) -
     candidates = [backends[name] for name in (AUTO if named == "auto" else (named,))]
     num_processes = count_processes(context.world.size)
     seconds = build_ahead(mine, candidates, builder, context, num_processes=num_processes)
-    chooser = Chooser(candidates, builder, context.device, settings.parity.max_error_ratio, seconds)
+    chooser = Chooser(
+        candidates,
+        builder,
+        context.device,
+        settings.parity.max_error_ratio,
+        settings.allow_tf32,
+        seconds,
+    )
     progress = Progress(context.rank, len(mine))
     built = [_build_one(chooser, work, progress) for work in mine]
     return gather(Built, built, context.setup)

@@ -17,10 +17,10 @@ from parallel.context import ParallelContext
 from parallel.graph_plan import Bucket
 from parallel.graph_twin import values_of
 from parallel.records import read_record
-from runner.build.agreement import LEAST_ERROR, cosine_of, errors_of
+from runner.build.agreement import LEAST_ERROR, advice, cosine_of, eps_of, errors_of
 from runner.build.recipe import Verdict
 from runner.build.widening import run_widened, wider_than
-from runner.config.schema import ParityConfig
+from runner.config.schema import CompileConfig
 from runner.graph_planning import GraphJob
 from runner.pipeline.check import random_inputs
 from runner.pipeline.programs import batch_size
@@ -84,7 +84,11 @@ def compare(job: GraphJob, worker: StageWorker, context: ParallelContext) -> Gra
     message = broadcast_bytes(told, 0, context.setup)
     outputs = tuple(read_record(OutputParity, v, "OutputParity") for v in json.loads(message))
     failed = next((output for output in outputs if not output.passed), None)
-    return GraphParity(failed is None, _complaint(failed) if failed else "", outputs)
+    fault = ""
+    if failed:
+        dtype = getattr(torch, job.plan.dtype)
+        fault = _complaint(failed) + advice(job.config.compile, dtype, context.device)
+    return GraphParity(failed is None, fault, outputs)
 
 
 def _judge_all(job: GraphJob, pipeline: "Pipeline") -> list[OutputParity]:
@@ -122,10 +126,9 @@ def _judge(
     eager: Sequence[torch.Tensor],
     wide: Sequence[torch.Tensor],
 ) -> list[OutputParity]:
-    bounds = job.config.compile.parity
     shapes = ", ".join(f"{c.name}{list(c.shape)}" for c in bucket)
     return [
-        _judge_one(name.name, shapes, outputs, bounds)
+        _judge_one(name.name, shapes, outputs, job.config.compile)
         for name, outputs in zip(
             job.plan.outputs, zip(compiled, eager, wide, strict=True), strict=True
         )
@@ -136,9 +139,9 @@ def _judge_one(
     name: str,
     shapes: str,
     outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    bounds: ParityConfig,
+    config: CompileConfig,
 ) -> OutputParity:
-    compiled, eager, wide = outputs
+    (compiled, eager, wide), bounds = outputs, config.parity
     if not eager.numel():
         return OutputParity(name, shapes, 0.0, 0.0, 1.0, passed=True)
     if not eager.is_floating_point():
@@ -147,7 +150,7 @@ def _judge_one(
         return OutputParity(name, shapes, error, eager_error, 1 - error, passed)
     error, cosine = _distance(compiled, wide)
     eager_error, _ = _distance(eager, wide)
-    floor = max(_FLOOR * torch.finfo(eager.dtype).eps, LEAST_ERROR)
+    floor = max(_FLOOR * eps_of(eager.dtype, allow_tf32=config.allow_tf32), LEAST_ERROR)
     allowed = max(bounds.max_error_ratio * eager_error, floor)
     # Written so that NaN fails.
     passed = error <= allowed and cosine >= bounds.min_cosine

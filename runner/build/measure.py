@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 
-from runner.build.agreement import LEAST_ERROR
+from runner.build.agreement import LEAST_ERROR, eps_of
 from runner.build.widening import run_widened, wider_than
 from runner.compiler.backend import Compiled
 from runner.compiler.segment import Segment, TensorSpec, named_tensors
@@ -44,7 +44,7 @@ class Samples:
 
     @classmethod
     @torch.inference_mode()
-    def draw(cls, segment: Segment, device: torch.device) -> "Samples":
+    def draw(cls, segment: Segment, device: torch.device, *, allow_tf32: bool = False) -> "Samples":
         """Inputs that are equal in every run."""
         generator = torch.Generator(device).manual_seed(0)
         num_bytes = sum(s.empty("meta").nbytes for s in segment.inputs)
@@ -55,7 +55,7 @@ class Samples:
         run = segment.function()
         exact = tuple(run_widened(run, inputs[0], wider_than(dtype)))
         eager = error_of(tuple(run(*inputs[0])), exact)
-        floor = max(4 * torch.finfo(dtype).eps, LEAST_ERROR / 4)
+        floor = max(4 * eps_of(dtype, allow_tf32=allow_tf32), LEAST_ERROR / 4)
         return cls(inputs, exact, max(eager, floor))
 
     @torch.inference_mode()

@@ -12,12 +12,19 @@ from dataclasses import dataclass
 
 import torch
 
-from runner.build.agreement import LEAST_ERROR, cosine_of, errors_of, gain_of
+from runner.build.agreement import (
+    LEAST_ERROR,
+    advice,
+    cosine_of,
+    eps_of,
+    errors_of,
+    gain_of,
+)
 from runner.build.recipe import Verdict
 from runner.build.reference import EMBEDDING, HEAD, Reference, Unit
 from runner.build.sharing import barrier, gather
 from runner.build.whole_parity import WholeParity, compare_whole
-from runner.config.schema import ParityConfig
+from runner.config.schema import CompileConfig
 from runner.engine.batching import StepInputs, lay_out
 from runner.engine.request import Request
 from runner.engine.scheduler import Scheduled
@@ -128,11 +135,11 @@ def compare(job: DecoderJob, runner: StageRunner) -> ParityReport:
     Args:
         runner: compiled, with the bundle's weights, without a KV cache yet.
     """
-    context, bounds = runner.context, job.config.compile.parity
+    context, config = runner.context, job.config.compile
     block_size = job.config.kv_cache.block_size
     sequences = [_sequences(job, n) for n in runner.buckets]
     most = max(sum(-(-len(s) // block_size) for s in step) for step in sequences)
-    runner.allocate(max(most, -(-bounds.num_tokens // block_size)), block_size)
+    runner.allocate(max(most, -(-config.parity.num_tokens // block_size)), block_size)
     # Loading takes some ranks longer than a step may.
     barrier(context.setup)
     units: list[UnitParity] = []
@@ -140,11 +147,13 @@ def compare(job: DecoderJob, runner: StageRunner) -> ParityReport:
     if has_reference:
         limit = job.config.scheduler.max_num_seqs
         steps = [_record(runner, step, block_size, limit) for step in sequences]
-        units = list(_units(job, runner, steps, bounds))
+        units = list(_units(job, runner, steps, config))
     units = sorted(gather(UnitParity, units, context.setup), key=_place)
-    whole = compare_whole(job, runner, bounds)
+    whole = compare_whole(job, runner, config.parity)
     failed = next((unit for unit in units if not unit.passed), None)
     fault = _complaint(failed) if failed else "" if whole.passed else whole.complaint()
+    if fault:
+        fault += advice(config, runner.stage.dtype, context.device)
     note = "" if has_reference else "layers not compared: random weights differ from cut to cut"
     return ParityReport(not fault, fault or note, tuple(units), whole)
 
@@ -216,7 +225,7 @@ def _places(name: str, runner: StageRunner) -> tuple[int | None, int | None]:
 
 
 def _units(
-    job: DecoderJob, runner: StageRunner, steps: Sequence[Step], bounds: ParityConfig
+    job: DecoderJob, runner: StageRunner, steps: Sequence[Step], config: CompileConfig
 ) -> Iterator[UnitParity]:
     """This rank's share of its stage's units."""
     context = runner.context
@@ -227,12 +236,13 @@ def _units(
         exact = reference.unit(name, weights, _WIDE[narrow])
         eager = reference.unit(name, weights, narrow)
         for step in steps:
-            yield _judge(name, runner, step, exact, eager, bounds)
+            yield _judge(name, runner, step, exact, eager, config)
 
 
 def _judge(
-    name: str, runner: StageRunner, step: Step, exact: Unit, eager: Unit, bounds: ParityConfig
+    name: str, runner: StageRunner, step: Step, exact: Unit, eager: Unit, config: CompileConfig
 ) -> UnitParity:
+    bounds = config.parity
     device, wide, narrow = runner.context.device, exact.stage.dtype, eager.stage.dtype
     x, got = _ends(name, runner, step)
     batch = step.inputs.to(device)
@@ -256,7 +266,7 @@ def _judge(
     gain, eager_gain = (gain_of(y, wanted, rounding=eps * stored) for y in (found, plain))
     # Written so that a number that is none fails.
     passed = cosine >= bounds.min_cosine
-    floor = max(_FLOOR * eps, LEAST_ERROR)
+    floor = max(_FLOOR * eps_of(narrow, allow_tf32=config.allow_tf32), LEAST_ERROR)
     passed = passed and beyond <= max(bounds.max_error_ratio * eager_error, floor)
     passed = passed and abs(gain - 1) <= max(
         bounds.max_gain_error, bounds.max_error_ratio * abs(eager_gain - 1)

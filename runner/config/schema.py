@@ -54,6 +54,11 @@ class CompileConfig(Section):
     tensor model, are CUDA graphs.
     """
 
+    allow_tf32: bool = False
+    """Whether float32 products may be as coarse as TF32, which TensorRT-RTX multiplies in whatever
+    it is told; false means that a comparison fails then. PyTorch's own stay in float32.
+    """
+
     parity: ParityConfig = Field(default_factory=ParityConfig)
 
     @field_validator("buckets")

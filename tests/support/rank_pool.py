@@ -12,9 +12,14 @@ import traceback
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from parallel.topology import Topology
+
+if TYPE_CHECKING:
+    import torch
+
+    from parallel.collectives import Group
 
 JOB_TIMEOUT_S = 100
 
@@ -103,6 +108,7 @@ def _serve(
     import torch
     import torch.distributed as dist
 
+    from parallel import collectives
     from parallel.context import ParallelContext
 
     faulthandler.enable()
@@ -113,6 +119,8 @@ def _serve(
         torch.cuda.set_device(device)
     backend = "gloo" if device_type == "cpu" or share_gpu else "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
+    if share_gpu:
+        collectives.stack = _stack_by_list
     contexts: dict[Topology, ParallelContext] = {}
     while True:
         job, topology, args = pipe.recv()
@@ -125,3 +133,13 @@ def _serve(
             pipe.send((True, result))
         except Exception:
             pipe.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
+
+
+def _stack_by_list(x: "torch.Tensor", group: "Group") -> "torch.Tensor":
+    """As `collectives.stack`: gloo has no functional form of it for tensors on a GPU."""
+    import torch
+    import torch.distributed as dist
+
+    parts = [torch.empty_like(x) for _ in range(group.size)]
+    dist.all_gather(parts, x.contiguous(), group=group.process_group)
+    return torch.stack(parts)

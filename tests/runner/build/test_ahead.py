@@ -63,7 +63,7 @@ def test_the_chooser_finds_everything_built(
     assert compilations()["inductor"] >= before + 4
     assert capfd.readouterr().err.count('"event": "artefact"') == 4
     here = dict(compilations())
-    chooser = Chooser(candidates, builder, CPU, 4.0, seconds)
+    chooser = Chooser(candidates, builder, CPU, 4.0, seconds_ahead=seconds)
     for one in works:
         built = chooser.build(one)
         by_name = {candidate.backend: candidate for candidate in built.candidates}
