@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from runner.build.graph_parity import GraphParity, OutputParity, _judge_one
-from runner.config.schema import ParityConfig
+from runner.config.schema import CompileConfig
 
-BOUNDS = ParityConfig()
+BOUNDS = CompileConfig()
 EXACT = torch.randn(4, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
