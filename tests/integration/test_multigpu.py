@@ -116,8 +116,10 @@ def text_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def generate(*more: str) -> list[str]:
-    common = ["generate", "--prompt", "Hello", "--prompt", "once upon", "--device", "cuda"]
-    return [*common, "--temperature", "0", "--max-tokens", "24", "--json", *more]
+    common = ["generate", "--prompt", "Hello", "--prompt", "once upon"]
+    # A bundle knows its device.
+    device = [] if "--bundle" in more else ["--device", "cuda"]
+    return [*common, *device, "--temperature", "0", "--max-tokens", "24", "--json", *more]
 
 
 def test_torchrun_and_the_launcher_say_the_same(text_model: Path) -> None:
