@@ -78,6 +78,7 @@ def test_latency(model: Path, tmp_path: Path) -> None:
     assert [line.split("  ")[0] for line in text[6:8]] == ["prefill", "decode step"]
 
 
+@pytest.mark.full
 @pytest.mark.dist
 def test_latency_of_two_ranks_counts_the_share_of_one(model: Path) -> None:
     report = bench("latency", model, *SHORT, "-tp", "2")

@@ -194,6 +194,7 @@ def test_sampling_is_the_folders_default_and_without_a_seed_never_the_same(
     assert ids(greedy) not in runs
 
 
+@pytest.mark.full
 @pytest.mark.dist
 def test_a_seed_gives_the_same_tokens_at_every_cut(sampling_model: Path) -> None:
     one = generate_here(sampling_model, "--seed", "5")

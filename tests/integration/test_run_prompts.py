@@ -131,7 +131,11 @@ def as_generated(result: dict[str, Any]) -> tuple[str, str, int, int]:
     ("launcher", "cut"),
     [
         (COMMAND, ()),
-        (COMMAND, ("-tp", "2", "-pp", "2", "--set", "scheduler.max_num_seqs=2")),
+        pytest.param(
+            COMMAND,
+            ("-tp", "2", "-pp", "2", "--set", "scheduler.max_num_seqs=2"),
+            marks=pytest.mark.full,
+        ),
         ([*TORCHRUN, "2", "-m", "runner"], ("-pp", "2")),
     ],
     ids=["one rank", "tp 2 pp 2", "torchrun"],
@@ -246,6 +250,7 @@ def test_a_full_disk_ends_the_run_and_a_later_one_goes_on(model: Path, folder: P
     assert [answer["id"] for answer in results(folder)] == list(range(40))
 
 
+@pytest.mark.full
 @pytest.mark.dist
 def test_a_full_disk_ends_all_ranks(model: Path, folder: Path) -> None:
     write(folder, *({"id": index, "prompt": "x"} for index in range(40)))

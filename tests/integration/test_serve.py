@@ -424,6 +424,7 @@ def test_a_second_sigterm_ends_at_once(model: Path) -> None:
         assert server.process.wait(5) == -signal.SIGTERM
 
 
+@pytest.mark.full
 def test_a_rank_that_is_killed_ends_all_requests(model: Path) -> None:
     with Server.start(model, "-pp", "2") as server:
         streams = [complete(server, f"{n}", LONG, stream=True) for n in range(4)]

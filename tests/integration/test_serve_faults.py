@@ -69,9 +69,8 @@ def test_a_rank_that_is_killed_ends_every_stream_with_an_error(model: Path, rank
         assert all("the engine has ended" in (stream.error or "") for stream in streams)
 
 
-@pytest.mark.parametrize(
-    "rank", [pytest.param(rank, marks=[] if rank == 2 else [pytest.mark.full]) for rank in range(4)]
-)
+@pytest.mark.full
+@pytest.mark.parametrize("rank", range(4))
 def test_a_rank_that_stalls_is_named(model: Path, rank: int) -> None:
     limit_s = 4
     limit = ["--set", f"distributed.collective_timeout_s={limit_s}"]
@@ -135,7 +134,8 @@ def test_a_loop_that_hangs_is_no_life_whatever_its_other_threads_do(
     assert "shardline: rank 0 (stage 0, tp rank 0): no progress for" in said
 
 
-@pytest.mark.parametrize("rank", [1, pytest.param(0, marks=pytest.mark.full)])
+@pytest.mark.full
+@pytest.mark.parametrize("rank", range(2))
 def test_of_several_ranks_the_one_whose_loop_hangs_is_named(
     model: Path, hang: Spoil, rank: int
 ) -> None:
@@ -207,7 +207,10 @@ def test_one_who_reads_slowly_has_the_answer_after_sigterm(model: Path) -> None:
         assert server.process.wait(10) == 0, "".join(server.said)
 
 
-@pytest.mark.parametrize("cut", [[], CUT], ids=["one rank", "four ranks"])
+@pytest.mark.parametrize(
+    "cut",
+    [pytest.param([], id="one rank"), pytest.param(CUT, id="four ranks", marks=pytest.mark.full)],
+)
 def test_a_server_told_to_end_while_it_starts_ends_at_once(model: Path, cut: list[str]) -> None:
     given = ["--model", str(model), "--device", "cpu", "--set", "server.port=0", *cut]
     process = start_command("serve", *given)
@@ -224,6 +227,7 @@ def test_a_server_told_to_end_while_it_starts_ends_at_once(model: Path, cut: lis
     assert wait_until_gone(str(model), timeout_s=2) == []
 
 
+@pytest.mark.full
 def test_a_second_sigterm_leaves_no_process(model: Path) -> None:
     with Server.start(model, *CUT) as server, streaming(server, 16, max_tokens=LONG) as reading:
         server.terminate()

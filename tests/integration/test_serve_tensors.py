@@ -281,6 +281,7 @@ def test_an_item_that_makes_the_model_raise_fails_alone(tmp_path: Path) -> None:
         assert server.process.wait(20) == 0
 
 
+@pytest.mark.full
 def test_with_several_ranks_inputs_that_make_the_model_raise_end_the_job(tmp_path: Path) -> None:
     with Server.start(plan_of(tmp_path, "Table", IDS), "-pp", "2") as server:
         given = InferInput("ids", [1, 2], "INT64")

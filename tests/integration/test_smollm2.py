@@ -23,8 +23,9 @@ NUM_TOKENS = 64
 
 # Stages and the ranks of each. 9 query and 3 KV heads: even at 1 and 3, uneven at 2, replicated at
 # 4.
-IN_CI = [[1], [2], [1, 3]]
+IN_CI = [[1], [2]]
 REST = [
+    [1, 3],
     [3],
     [2, 1],
     [4],

@@ -59,6 +59,7 @@ def test_clients_come_by_the_socket_and_its_file_goes_with_the_server(
     assert (asked.returncode, asked.stderr.startswith("not ready: FileNotFoundError")) == (1, True)
 
 
+@pytest.mark.full
 def test_the_socket_of_a_server_that_was_killed_is_taken_over(model: Path, tmp_path: Path) -> None:
     path = tmp_path / "s"
     with serving(model, path) as process:
@@ -132,6 +133,7 @@ def test_a_factory_that_hides_its_refusal_is_still_reported(tmp_path: Path) -> N
     assert any("calls_home.py" in frame for frame in events[1]["stack"])
 
 
+@pytest.mark.full
 def test_ranks_of_torchrun_report_to_one_file(tmp_path: Path) -> None:
     plan = write_plan(tmp_path, "calls_home:model", FACTORY, network_guard="strict")
     report = tmp_path / "report.jsonl"
@@ -177,7 +179,9 @@ def model():
 """
 
 
-@pytest.mark.parametrize("listed", ["GPU-12ab-34,3", "MIG-9f"])
+@pytest.mark.parametrize(
+    "listed", ["GPU-12ab-34,3", pytest.param("MIG-9f", marks=pytest.mark.full)]
+)
 def test_every_rank_is_shown_the_devices(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, listed: str
 ) -> None:
