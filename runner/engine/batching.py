@@ -10,6 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from runner.engine.scheduler import Scheduled
+from runner.engine.upload import upload
 from runner.models.batch import Batch
 
 
@@ -66,7 +67,7 @@ class StepInputs:
         shape = len(rows), width
         # From a list numpy makes an array several times as fast as torch makes a tensor.
         tables = torch.from_numpy(np.array(rows, dtype=np.int32).reshape(shape))
-        longs, ints, tables = (_copy(x, device) for x in (self.longs, self.ints, tables))
+        longs, ints, tables = (upload(x, device) for x in (self.longs, self.ints, tables))
         return self.over(longs, ints, tables)
 
     def with_all_logits(self, padding: Padding | None) -> "StepInputs":
@@ -192,10 +193,3 @@ def _fill_decoding(
 def _only_id(part: Scheduled) -> int:
     """Of a part of one token; see `known_ids`."""
     return part.sequence.token_ids[part.start] if part.follows is None else -1 - part.follows
-
-
-def _copy(x: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """To the device, without waiting for it."""
-    if device.type == "cpu":
-        return x
-    return x.pin_memory().to(device, non_blocking=True)

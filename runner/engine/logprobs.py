@@ -11,6 +11,7 @@ import numpy as np
 import torch
 
 from runner.engine.sequence import Sequence
+from runner.engine.upload import upload_list
 
 MAX_LOGPROBS = 20
 """Tokens beside the chosen one that a request can ask for."""
@@ -46,7 +47,7 @@ def pack(logits: torch.Tensor, chosen: torch.Tensor, sequences: Seq[Sequence]) -
         then the ids of the likeliest, then theirs; logarithms as the bits of a double.
     """
     rows = [row for row, sequence in enumerate(sequences) if _width(sequence)]
-    asking = torch.tensor(rows, device=logits.device)
+    asking = upload_list(rows, torch.int64, logits.device)
     logarithms = logits[asking].float().log_softmax(-1)
     of_chosen = logarithms.gather(-1, chosen[asking].clamp(min=0)[:, None])
     most = min(max(_count(sequences[row]) for row in rows), logarithms.shape[-1])

@@ -12,6 +12,7 @@ import torch
 
 from runner.engine.request import SamplingParams
 from runner.engine.sequence import NOT_FINITE, Sequence
+from runner.engine.upload import upload_list
 
 
 def choose_greedily(logits: torch.Tensor) -> torch.Tensor:
@@ -51,8 +52,8 @@ def sample(
     random_rows = [row for row, p in enumerate(params) if p.temperature > 0]
     if random_rows:
         uniforms = [uniform(params[row].seed, sequences[row].num_computed) for row in random_rows]
-        drawn = _draw(logits[random_rows], [params[row] for row in random_rows], uniforms)
-        rows = torch.tensor(random_rows, device=logits.device)
+        rows = upload_list(random_rows, torch.int64, logits.device)
+        drawn = _draw(logits[rows], [params[row] for row in random_rows], uniforms)
         chosen = chosen.index_copy(0, rows, drawn)
     return torch.where(greedy == NOT_FINITE, greedy, chosen)
 
@@ -71,7 +72,7 @@ def _penalize(
     for row, sequence in enumerate(sequences):
         penalty = sequence.request.sampling.repetition_penalty
         if penalty != 1.0:
-            known = torch.tensor(sorted(set(sequence.token_ids)), device=logits.device)
+            known = upload_list(sorted(set(sequence.token_ids)), torch.int64, logits.device)
             # One that is there twice gets the same value twice.
             seen = torch.cat([known, last_ids[row : row + 1]])
             kept = logits[row, seen]
@@ -83,7 +84,7 @@ def _draw(logits: torch.Tensor, params: Seq[SamplingParams], uniforms: Seq[float
     """Invert the cumulative distribution of the tokens that are left, the likeliest first."""
 
     def column(values: Seq[float]) -> torch.Tensor:
-        return torch.tensor(values, dtype=torch.float64, device=logits.device)[:, None]
+        return upload_list(values, torch.float64, logits.device)[:, None]
 
     scaled = logits.double() / column([p.temperature for p in params])
     scaled, token_ids = scaled.sort(dim=-1, descending=True, stable=True)
