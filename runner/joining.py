@@ -83,6 +83,8 @@ def join(
     phase.name = "joining the other ranks"
     phase.progress.enter(Doing.JOINING)
     context = _open_context(job, env, setup_timeout_s)
+    if context.device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = job.config.compile.allow_tf32
     phase.name = "comparing plans"
     _check_same_plan(job, context)
     if env.progress_fd is None and env.world_size > 1:

@@ -1,12 +1,17 @@
 """Llama's shapes with random weights, on one GPU and over several: steps of `gpu_check`."""
 
 import json
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from gpu_report import Check
+from gpu_report import ROOT, Check
+
+sys.path.insert(0, str(ROOT))
+
+from parallel.errors import ParityError
 
 LLAMA = {
     "architectures": ["LlamaForCausalLM"],
@@ -50,8 +55,6 @@ SIZES = {
 """Buckets, the most tokens of a step, and the most sequences."""
 
 GIB = 2**30
-
-PARITY_EXIT = 7
 
 
 @dataclass(frozen=True)
@@ -107,9 +110,9 @@ def compile_llama(
     for key, value in settings.items():
         command += ["--set", f"{key}={value}"]
     code, seconds = check.python("-P", "-m", "runner", *command, log=f"compile-{bundle.name}")
-    if code == PARITY_EXIT:
+    if code == ParityError.exit_code:
         check.row(bundle.name, "comparison FAILED, exit code", code)
-    return (bundle if code in (0, PARITY_EXIT) else None), seconds
+    return (bundle if code in (0, ParityError.exit_code) else None), seconds
 
 
 def llama_8b(check: Check, backends: list[str]) -> None:

@@ -140,8 +140,8 @@ def _compile(recipe: Recipe, context: ParallelContext, builder: BundleBuilder) -
         builder,
         context.device,
         settings.parity.max_error_ratio,
-        settings.allow_tf32,
-        seconds,
+        allow_tf32=settings.allow_tf32,
+        seconds_ahead=seconds,
     )
     progress = Progress(context.rank, len(mine))
     built = [_build_one(chooser, work, progress) for work in mine]

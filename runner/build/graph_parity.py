@@ -17,7 +17,7 @@ from parallel.context import ParallelContext
 from parallel.graph_plan import Bucket
 from parallel.graph_twin import values_of
 from parallel.records import read_record
-from runner.build.agreement import LEAST_ERROR, advice, cosine_of, eps_of, errors_of
+from runner.build.agreement import advice, cosine_of, errors_of, least_error
 from runner.build.recipe import Verdict
 from runner.build.widening import run_widened, wider_than
 from runner.config.schema import CompileConfig
@@ -87,7 +87,8 @@ def compare(job: GraphJob, worker: StageWorker, context: ParallelContext) -> Gra
     fault = ""
     if failed:
         dtype = getattr(torch, job.plan.dtype)
-        fault = _complaint(failed) + advice(job.config.compile, dtype, context.device)
+        fault = _complaint(failed)
+        fault += advice(job.config.compile, dtype, context.device, error=failed.error)
     return GraphParity(failed is None, fault, outputs)
 
 
@@ -150,7 +151,8 @@ def _judge_one(
         return OutputParity(name, shapes, error, eager_error, 1 - error, passed)
     error, cosine = _distance(compiled, wide)
     eager_error, _ = _distance(eager, wide)
-    floor = max(_FLOOR * eps_of(eager.dtype, allow_tf32=config.allow_tf32), LEAST_ERROR)
+    least = least_error(eager.dtype, allow_tf32=config.allow_tf32)
+    floor = max(_FLOOR * torch.finfo(eager.dtype).eps, least)
     allowed = max(bounds.max_error_ratio * eager_error, floor)
     # Written so that NaN fails.
     passed = error <= allowed and cosine >= bounds.min_cosine

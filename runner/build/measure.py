@@ -12,7 +12,7 @@ from statistics import median
 
 import torch
 
-from runner.build.agreement import LEAST_ERROR, eps_of
+from runner.build.agreement import least_error
 from runner.build.widening import run_widened, wider_than
 from runner.compiler.backend import Compiled
 from runner.compiler.segment import Segment, TensorSpec, named_tensors
@@ -55,7 +55,7 @@ class Samples:
         run = segment.function()
         exact = tuple(run_widened(run, inputs[0], wider_than(dtype)))
         eager = error_of(tuple(run(*inputs[0])), exact)
-        floor = max(4 * eps_of(dtype, allow_tf32=allow_tf32), LEAST_ERROR / 4)
+        floor = max(4 * torch.finfo(dtype).eps, least_error(dtype, allow_tf32=allow_tf32) / 4)
         return cls(inputs, exact, max(eager, floor))
 
     @torch.inference_mode()

@@ -12,14 +12,7 @@ from dataclasses import dataclass
 
 import torch
 
-from runner.build.agreement import (
-    LEAST_ERROR,
-    advice,
-    cosine_of,
-    eps_of,
-    errors_of,
-    gain_of,
-)
+from runner.build.agreement import advice, cosine_of, errors_of, gain_of, least_error
 from runner.build.recipe import Verdict
 from runner.build.reference import EMBEDDING, HEAD, Reference, Unit
 from runner.build.sharing import barrier, gather
@@ -151,9 +144,10 @@ def compare(job: DecoderJob, runner: StageRunner) -> ParityReport:
     units = sorted(gather(UnitParity, units, context.setup), key=_place)
     whole = compare_whole(job, runner, config.parity)
     failed = next((unit for unit in units if not unit.passed), None)
-    fault = _complaint(failed) if failed else "" if whole.passed else whole.complaint()
-    if fault:
-        fault += advice(config, runner.stage.dtype, context.device)
+    fault = "" if whole.passed else whole.complaint()
+    if failed:
+        fault = _complaint(failed)
+        fault += advice(config, runner.stage.dtype, context.device, error=failed.error)
     note = "" if has_reference else "layers not compared: random weights differ from cut to cut"
     return ParityReport(not fault, fault or note, tuple(units), whole)
 
@@ -266,7 +260,7 @@ def _judge(
     gain, eager_gain = (gain_of(y, wanted, rounding=eps * stored) for y in (found, plain))
     # Written so that a number that is none fails.
     passed = cosine >= bounds.min_cosine
-    floor = max(_FLOOR * eps_of(narrow, allow_tf32=config.allow_tf32), LEAST_ERROR)
+    floor = max(_FLOOR * eps, least_error(narrow, allow_tf32=config.allow_tf32))
     passed = passed and beyond <= max(bounds.max_error_ratio * eager_error, floor)
     passed = passed and abs(gain - 1) <= max(
         bounds.max_gain_error, bounds.max_error_ratio * abs(eager_gain - 1)

@@ -56,7 +56,7 @@ class CompileConfig(Section):
 
     allow_tf32: bool = False
     """Whether float32 products may be as coarse as TF32, which TensorRT-RTX multiplies in whatever
-    it is told; false means that a comparison fails then. PyTorch's own stay in float32.
+    it is told; false means that comparisons fail then, and that PyTorch's convolutions are exact.
     """
 
     parity: ParityConfig = Field(default_factory=ParityConfig)

@@ -51,7 +51,8 @@ class Engine:
 
     @property
     def has_work(self) -> bool:
-        return bool(self._under_way) or self.scheduler.has_work
+        """Whether a request is open; what is under way of those that have ended is no work."""
+        return self.scheduler.has_work
 
     def admit(self, control: Control) -> None:
         """Take in what rank 0 said before this step."""
@@ -66,7 +67,7 @@ class Engine:
         A GPU works by itself: the host returns with the tokens of an earlier step and deals with
         them meanwhile. On a CPU a step is over when it has started.
         """
-        # A step of several stages takes up the group whose tokens are read.
+        # Of several stages, the group whose tokens are read is the next one to schedule.
         reads_first = self.context.device.type == "cuda" and not self._runs_ahead
         outputs: list[Output] = []
         if reads_first and self._is_full:
@@ -83,6 +84,7 @@ class Engine:
         """A step of nothing: every rank learns that all others are there. For when there is no
         work.
         """
+        self.drain()
         self.stage_runner.rest()
         nothing = torch.zeros(1, dtype=torch.int64, device=self.context.device)
         is_source = self.context.rank == self.exchange.source
@@ -102,7 +104,8 @@ class Engine:
 
     @property
     def _is_full(self) -> bool:
-        return len(self._under_way) == self.context.topology.num_stages + self._runs_ahead
+        most = self.context.topology.num_stages + (1 if self._runs_ahead else 0)
+        return len(self._under_way) == most
 
     def _start(self, scheduled: list[Scheduled]) -> None:
         """Run this rank's stage; the first rank of the last one chooses."""
@@ -124,7 +127,7 @@ class Engine:
             assert output is not None, "it is of the last stage"
             chosen = _chosen(output, sequences)
         if (latest := self.stage_runner.latest) is not None:
-            message, read = self.exchange.share(chosen, count)
+            message, read = self.exchange.broadcast(chosen, count)
             # What marks a failure is no token; what follows it comes to nothing.
             torch.clamp(message[: len(sequences)], min=0, out=latest[: len(sequences)])
             return read

@@ -43,7 +43,7 @@ class BlockPool:
         taken = list(islice(self._free, count))
         for block in taken:
             self._hold(block)
-        self.forget(taken)
+        self._forget(taken)
         return taken
 
     def share(self, keys: Sequence[bytes]) -> list[int]:
@@ -80,8 +80,11 @@ class BlockPool:
             self._block_of[key] = block
             self._key_of[block] = key
 
-    def forget(self, blocks: Iterable[int]) -> None:
+    def forget_keys(self, keys: Iterable[bytes]) -> None:
         """Let nobody else take blocks for what they were published as."""
+        self._forget([self._block_of[key] for key in keys if key in self._block_of])
+
+    def _forget(self, blocks: Iterable[int]) -> None:
         for block in blocks:
             if key := self._key_of.pop(block, None):
                 del self._block_of[key]

@@ -45,7 +45,7 @@ class Scheduled(NamedTuple):
     def of(cls, sequence: Sequence, num_tokens: int) -> "Scheduled":
         """The next pending tokens."""
         start = sequence.num_computed
-        follows = sequence.choice if start == len(sequence.token_ids) else None
+        follows = sequence.place_in_step if start == len(sequence.token_ids) else None
         return cls(sequence, start, num_tokens, num_tokens == sequence.num_pending, follows)
 
 
@@ -66,7 +66,7 @@ class Output(NamedTuple):
 Cut = Literal["all", "group", "tokens", "sequences", "blocks", "prefix"]
 """Why a step has no more: there was no more to do, the rest is for the other stages' steps, it has
 `max_num_batched_tokens`, `max_num_seqs` run, the KV cache is full, or those that wait begin with
-what this step computes.
+what this step computes. "group" is also said of one that gave way and has a token under way.
 """
 
 
@@ -147,10 +147,12 @@ class Scheduler:
             max_num_seqs: sequences that run at once, in all groups together.
             max_num_batched_tokens: tokens of one step.
             num_groups: groups that running sequences fall into, each in a step of its own.
-            runs_ahead: schedule a step while one before it has not been committed; with one group.
+            runs_ahead: schedule a step while one before it, and no more, has not been committed;
+                with one group.
             rope_switch_length: a sequence that grows beyond this is recomputed, with the second
                 variant of its rotary frequencies.
         """
+        assert num_groups == 1 or not runs_ahead, "groups wait for their tokens"
         self._pool = pool
         self._max_num_seqs = max_num_seqs
         self._max_num_batched_tokens = max_num_batched_tokens
@@ -219,7 +221,7 @@ class Scheduler:
             sequence.num_computed += part.num_tokens
             self._publish(sequence)
             if part.samples:
-                sequence.choice = num_chosen
+                sequence.place_in_step = num_chosen
                 sequence.num_unread += 1
                 num_chosen += 1
         return step.parts
@@ -258,8 +260,9 @@ class Scheduler:
                 continue
             if token_id == NOT_FINITE:
                 outputs.append(Output(sequence.request.request_id, token_id, None))
-                # Any of them may be the cause, one that was another's before, too.
-                self._pool.forget(sequence.blocks)
+                # Any block may be the cause, one that was another's before, too, and one that it
+                # has had to give back meanwhile.
+                self._pool.forget_keys(sequence.made_keys)
                 self._finish(sequence)
                 continue
             sequence.token_ids.append(token_id)
@@ -302,11 +305,13 @@ class Scheduler:
         One that begins as this step's others do waits for the next step, in which that is known.
         """
         num_known, num_held = len(self._running) + len(self._waiting), 0
+        # Who only waits for the last tokens to be read needs no seat any more.
+        num_seated = sum(not sequence.will_be_over for sequence in self._running)
         most = self._share(min(num_known, self._max_num_seqs))
         while step.budget and num_held < len(self._waiting):
             first = self._waiting[num_held]
             # Whoever is held keeps a place, or those behind would take all of them.
-            if len(self._running) + num_held == self._max_num_seqs:
+            if num_seated + num_held == self._max_num_seqs:
                 step.cut = "prefix" if num_held else "sequences"
                 return
             # One that gave way may have a token under way.
@@ -323,6 +328,7 @@ class Scheduler:
                 return
             del self._waiting[num_held]
             self._running.append(first)
+            num_seated += 1
             step.put(first)
             if not first.was_admitted:
                 step.admitted.append(first.request.request_id)

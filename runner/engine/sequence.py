@@ -24,7 +24,7 @@ class Sequence:
         blocks: KV blocks in order, for all tokens, while the sequence runs; empty while it waits.
         rope_variant: which rotary frequencies its cached keys have.
         num_unread: tokens behind these that steps under way choose.
-        choice: place of the newest of them among all that its step chooses.
+        place_in_step: of the newest of them, among all that its step chooses.
         is_over: complete or aborted.
         was_admitted: it has run, even if it waits again.
     """
@@ -36,7 +36,7 @@ class Sequence:
     blocks: list[int] = field(default_factory=list)
     rope_variant: int = 0
     num_unread: int = 0
-    choice: int = 0
+    place_in_step: int = 0
     is_over: bool = False
     was_admitted: bool = False
     _keys: list[bytes] = field(default_factory=list)
@@ -72,6 +72,11 @@ class Sequence:
             held = self.token_ids[index * block_size : (index + 1) * block_size]
             self._keys.append(next_key(previous, held))
         return self._keys[:count]
+
+    @property
+    def made_keys(self) -> list[bytes]:
+        """All that `keys` has made, whether the sequence still has the blocks or not."""
+        return self._keys
 
     def switch_rope(self) -> None:
         """Go on with the second variant of the frequencies; what was cached is of no use."""

@@ -89,8 +89,8 @@ class StageRunner:
             self.padding = Padding(self.buckets, num_blocks)
 
     def keep_latest(self, max_num_seqs: int) -> None:
-        """Make the next steps such as may be laid out before the tokens of the one before have been
-        read; to be called before `capture`.
+        """Have steps take tokens that the host has not read from `latest`; to be called before
+        `capture`.
         """
         self.latest = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.context.device)
 

@@ -33,7 +33,7 @@ class TokenExchange:
             # that sends is steps ahead of those that read.
             broadcast(torch.zeros(1, device=self._device), self.source, context.world)
 
-    def share(self, chosen: torch.Tensor | None, count: int) -> tuple[torch.Tensor, Read]:
+    def broadcast(self, chosen: torch.Tensor | None, count: int) -> tuple[torch.Tensor, Read]:
         """Let every device have tokens, in the order of its work, and begin to copy them to the
         host; on all ranks.
 

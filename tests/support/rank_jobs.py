@@ -55,7 +55,7 @@ class ListFront:
         for output in outputs:
             self.token_ids[output.request_id].append(output.token_id)
             self.logprobs[output.request_id].append(output.logprobs)
-            if output.finish_reason:
+            if output.finish_reason or output.failed:
                 self._open.remove(output.request_id)
 
 
@@ -125,12 +125,12 @@ def complete_ahead_or_not(
     samplings: list[dict[str, Any]],
     stop_token_ids: frozenset[int],
     settings: dict[str, Any],
-) -> tuple[list[Any], list[int]] | None:
+) -> list[Any] | None:
     """Tokens and probabilities, each request sampled in its own way: when steps are read at once,
-    and when they are laid out ahead; and how many steps each took. Known on rank 0.
+    and when they are laid out ahead. Known on rank 0.
     """
     job = prepare(model, list(context.topology.tp_sizes), settings)
-    found, num_steps = [], []
+    found = []
     for ahead in (False, True):
         requests = [
             replace(request, request_id=index, num_logprobs=2)
@@ -141,10 +141,10 @@ def complete_ahead_or_not(
         with run_ahead(ahead):
             mine = front if context.rank == 0 else None
             engine = make_engine(job, load_stage(job, context), mine)
+        assert (engine.stage_runner.latest is not None) == ahead
         loop(engine, mine)
         found.append((list(front.token_ids.values()), list(front.logprobs.values())))
-        num_steps.append(engine.num_started)
-    return (found, num_steps) if context.rank == 0 else None
+    return found if context.rank == 0 else None
 
 
 def complete_with_logprobs(
@@ -184,15 +184,19 @@ def complete_in_few_blocks(
     front.kv_blocks = lambda _: num_blocks  # type: ignore[method-assign]
     with run_ahead(ahead):
         engine = make_engine(job, load_stage(job, context), front if context.rank == 0 else None)
-    schedule, seen = engine.scheduler.schedule, []
+    schedule = engine.scheduler.schedule
+    seen: list[tuple[int, int]] = []
+    follows: list[int | None] = []
 
     def watched() -> list[Scheduled]:
         parts = schedule()
         seen.extend((p.sequence.request.request_id, p.start) for p in parts)
+        follows.extend(p.follows for p in parts)
         return parts
 
     with patch.object(engine.scheduler, "schedule", watched):
         loop(engine, front if context.rank == 0 else None)
+    assert any(place is not None for place in follows) == ahead
     return (list(front.token_ids.values()), seen) if context.rank == 0 else None
 
 

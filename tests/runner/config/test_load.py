@@ -105,6 +105,7 @@ def test_origins_cover_every_key_in_the_order_of_the_schema() -> None:
         "compile.backend": "default",
         "compile.buckets": "default",
         "compile.enforce_eager": "default",
+        "compile.allow_tf32": "default",
         "compile.parity.max_error_ratio": "default",
         "compile.parity.min_cosine": "default",
         "compile.parity.max_gain_error": "default",

@@ -60,6 +60,7 @@ def test_defaults_are_those_that_the_documentation_promises() -> None:
             "backend": "tensorrt",
             "buckets": None,
             "enforce_eager": False,
+            "allow_tf32": False,
             "parity": {
                 "max_error_ratio": 4.0,
                 "min_cosine": 0.999,

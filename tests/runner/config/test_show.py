@@ -68,6 +68,7 @@ def test_each_value_stands_in_one_aligned_line_with_its_origin() -> None:
         "compile.backend                         tensorrt             default",
         "compile.buckets                         null                 default",
         "compile.enforce_eager                   false                default",
+        "compile.allow_tf32                      false                default",
         "compile.parity.max_error_ratio          4.0                  default",
         "compile.parity.min_cosine               0.999                default",
         "compile.parity.max_gain_error           0.02                 default",

@@ -68,7 +68,7 @@ def test_tokens_that_are_computed_again_go_where_they_were() -> None:
 def unread(place: int) -> Sequence:
     """One whose third token was chosen at this place of the last step, and has not been read."""
     found = sequence([10, 11], computed=2, blocks=[7])
-    found.num_unread, found.choice = 1, place
+    found.num_unread, found.place_in_step = 1, place
     return found
 
 

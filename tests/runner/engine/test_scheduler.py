@@ -20,7 +20,7 @@ from runner.engine.request import Request
 from runner.engine.scheduler import Output, Scheduled, Scheduler
 from runner.engine.sequence import NOT_FINITE, Sequence
 
-STOP = 0
+STOP, FAULT = 0, 16
 
 
 def token(request_id: int, position: int) -> int:
@@ -60,10 +60,14 @@ def shape(scheduled: list[Scheduled]) -> list[tuple[int, int]]:
     return [(part.sequence.request.request_id, part.num_tokens) for part in scheduled]
 
 
-def commit(scheduler: Scheduler, scheduled: list[Scheduled]) -> list[Output]:
-    """Give each sequence that samples the stand-in's token."""
+def commit(
+    scheduler: Scheduler, scheduled: list[Scheduled], *, failing: bool = False
+) -> list[Output]:
+    """Give each sequence that samples the stand-in's token; where some fail, no FAULT."""
     sequences = [part.sequence for part in scheduled if part.samples]
     ids = [token(s.request.request_id, len(s.token_ids)) for s in sequences]
+    if failing:
+        ids = [NOT_FINITE if id_ == FAULT else id_ for id_ in ids]
     return scheduler.commit(scheduled, ids)
 
 
@@ -372,6 +376,31 @@ def test_a_sequence_that_gets_no_token_ends_alone_and_nobody_shares_its_blocks()
     assert step(scheduler) == [(2, 1), (3, 9)]
 
 
+def test_nobody_shares_what_it_had_to_give_back_before_it_failed() -> None:
+    scheduler = scheduler_of(BlockPool(4, 4), runs_ahead=True)
+    scheduler.add(request(1, 8, 5))
+    scheduler.add(request(2, 8, 5, family=7))
+    one = scheduler.schedule()
+    assert shape(scheduler.schedule()) == [(1, 1)], "the second one gave way"
+    outputs = scheduler.commit(one, [5, NOT_FINITE])
+    assert [output.failed for output in outputs] == [False, True]
+    scheduler.abort(1)
+    scheduler.add(request(3, 8, 1, family=7))
+    assert shape(scheduler.schedule()) == [(3, 8)]
+
+
+def test_who_waits_for_its_last_token_leaves_its_seat() -> None:
+    scheduler = scheduler_of(max_num_seqs=1, runs_ahead=True)
+    scheduler.add(request(1, 2, 2))
+    scheduler.add(request(2, 3, 1))
+    steps = [scheduler.schedule()]
+    for expected in ([(1, 1)], [(2, 3)], []):
+        steps.append(scheduler.schedule())
+        assert shape(steps[-1]) == expected
+        commit(scheduler, steps.pop(0))
+    assert not scheduler.has_work
+
+
 def test_an_aborted_request_is_gone_wherever_it_was() -> None:
     scheduler = scheduler_of(max_num_seqs=1)
     for request_id in (1, 2, 3):
@@ -483,7 +512,7 @@ class Twins:
     def step(self) -> None:
         """Schedule; commit the oldest step where there are enough, or where all wait for one."""
         one, other = (scheduler.schedule() for scheduler in self.schedulers)
-        assert shape(one) == shape(other)
+        assert [part[1:] for part in one] == [part[1:] for part in other]
         assert [part.sequence for part in one] == [part.sequence for part in other]
         self._check(one)
         if one:
@@ -494,10 +523,13 @@ class Twins:
 
     def _commit(self) -> None:
         parts = zip(self.schedulers, self.under_way.popleft(), strict=True)
-        outputs = [commit(scheduler, of_one) for scheduler, of_one in parts]
+        outputs = [commit(scheduler, of_one, failing=True) for scheduler, of_one in parts]
         assert outputs[0] == outputs[1]
         for output in outputs[0]:
             assert output.request_id not in self.ended
+            if output.failed:
+                self.ended[output.request_id] = "failed"
+                continue
             self.ids[output.request_id].append(output.token_id)
             if output.finish_reason:
                 self.ended[output.request_id] = output.finish_reason
@@ -516,7 +548,11 @@ class Twins:
         # One of a family may wait for what another of it computes.
         alone = [n for n, s in self.admitted.items() if s.request.prompt_ids[0] >= 100]
         assert alone == sorted(alone)
-        running = [s for request_id, s in self.admitted.items() if request_id not in self.ended]
+        running = [
+            s
+            for request_id, s in self.admitted.items()
+            if request_id not in self.ended and not s.will_be_over
+        ]
         assert len(running) <= self.sizes["max_num_seqs"]
         self._write(scheduled)
         for part in scheduled:
