@@ -59,6 +59,16 @@ def test_ranks_give_the_tokens_of_one_gpu(
         assert gpu_pool.run(rank_jobs.complete, tp_sizes, *arguments)[0] == expected
 
 
+def test_steps_that_run_ahead_or_not_choose_the_same(
+    gpu_pool: RankPool, checkpoint: Callable[[str], Path]
+) -> None:
+    ways = [GREEDY, {"temperature": 1.3, "seed": 4}, {"repetition_penalty": 1.6}, GREEDY]
+    settings = {"parallel.device": "cuda", "scheduler.max_num_seqs": 2}
+    given = str(checkpoint("llama")), PROMPTS, 12, ways, frozenset[int](), settings
+    found = gpu_pool.run(rank_jobs.complete_ahead_or_not, [2], *given)[0]
+    assert found[0][0] == found[1][0]
+
+
 def test_all_reduces_are_sums_of_any_size(gpu_pool: RankPool) -> None:
     """Those that one kernel adds up, and those that NCCL does."""
     for errors in gpu_pool.run(rank_jobs.all_reduce_errors, [2]):
