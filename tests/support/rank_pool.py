@@ -9,6 +9,7 @@ import faulthandler
 import multiprocessing
 import time
 import traceback
+from collections import OrderedDict
 from collections.abc import Callable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
@@ -20,8 +21,12 @@ if TYPE_CHECKING:
     import torch
 
     from parallel.collectives import Group
+    from parallel.context import ParallelContext
 
 JOB_TIMEOUT_S = 100
+
+MAX_TOPOLOGIES = 3
+"""Whose groups a rank keeps: each has a thread of gloo that wakes up a hundred times a second."""
 
 
 class RankPool:
@@ -121,18 +126,30 @@ def _serve(
     dist.init_process_group(backend, init_method=f"file://{store}", rank=rank, world_size=size)
     if share_gpu:
         collectives.stack = _stack_by_list
-    contexts: dict[Topology, ParallelContext] = {}
+    contexts: OrderedDict[Topology, ParallelContext] = OrderedDict()
     while True:
         job, topology, args = pipe.recv()
         if topology not in contexts:
+            if len(contexts) == MAX_TOPOLOGIES:
+                _leave(contexts.popitem(last=False)[1])
             contexts[topology] = ParallelContext.over_initialized(
                 topology, rank, device, all_reduce="nccl" if share_gpu else "auto"
             )
+        contexts.move_to_end(topology)
         try:
             result = job(contexts[topology], *args) if rank < topology.world_size else None
             pipe.send((True, result))
         except Exception:
             pipe.send((False, f"rank {rank}:\n{traceback.format_exc()}"))
+
+
+def _leave(context: "ParallelContext") -> None:
+    """Let go of a topology's groups; all ranks do so between the same two jobs."""
+    import torch.distributed as dist
+
+    for group in (context.world, context.setup, context.tp):
+        if group.process_group is not None:
+            dist.destroy_process_group(group.process_group)
 
 
 def _stack_by_list(x: "torch.Tensor", group: "Group") -> "torch.Tensor":
