@@ -136,6 +136,7 @@ def test_health_follows_the_ranks(runtime: str, models: list[str], sockets: Path
         served.wait_for_health("healthy", timeout_s=180)
 
 
+@pytest.mark.full
 def test_two_jobs_on_one_host_stay_apart(runtime: str, models: list[str], sockets: Path) -> None:
     """Separate sockets and caches, cores of their own, and a hard limit of memory each."""
     mine, theirs = sockets / "a", sockets / "b"

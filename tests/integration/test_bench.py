@@ -96,6 +96,7 @@ def test_one_token_each_has_no_decoding(model: Path) -> None:
     assert "decode step" not in describe(report)
 
 
+@pytest.mark.full
 @pytest.mark.dist
 def test_throughput_of_more_requests_than_run_at_once(model: Path) -> None:
     """Seven requests, three at a time: three batches of four tokens, each in two groups."""

@@ -73,6 +73,7 @@ def test_a_trace_of_every_rank_names_what_it_did(model: Path, tmp_path: Path) ->
     assert nsys[-2:] == ["--set", "observability.nvtx=true"]
 
 
+@pytest.mark.full
 def test_names_without_a_trace(model: Path) -> None:
     """What Nsight is started with runs on a CPU, too."""
     done = bench(model, "--set", "observability.nvtx=true")

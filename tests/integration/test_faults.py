@@ -78,6 +78,7 @@ def test_single_rank_obeys_interrupt(model: Path) -> None:
     assert ends(job, model)[0] == 130
 
 
+@pytest.mark.full
 def test_closed_output_ends_all_ranks(model: Path) -> None:
     job = generating(model)
     assert job.stdout is not None
@@ -96,6 +97,7 @@ def test_ranks_die_with_their_launcher(model: Path) -> None:
     assert wait_until_gone(str(model), timeout_s=EXIT_WITHIN_S) == []
 
 
+@pytest.mark.full
 def test_torchrun_joins_and_agrees(model: Path) -> None:
     arguments = [
         *("generate", "--prompt", "Hello", "--device", "cpu", "--json"),

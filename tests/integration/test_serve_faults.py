@@ -165,6 +165,7 @@ def test_a_loop_that_hangs_with_its_clients_locked_ends_the_job(model: Path, han
     assert "shardline: rank 0 (stage 0, tp rank 0): no progress for" in said
 
 
+@pytest.mark.full
 def test_a_rank_that_raises_is_named_with_its_stack(model: Path, hang: Spoil) -> None:
     with Server.start(model, *CUT) as server:
         with streaming(server, 4, max_tokens=LONG) as reading:
@@ -197,6 +198,7 @@ def test_a_signal_under_load_lets_every_stream_end(model: Path, signum: signal.S
     assert processes_naming(str(model)) == []
 
 
+@pytest.mark.full
 def test_one_who_reads_slowly_has_the_answer_after_sigterm(model: Path) -> None:
     with Server.start(model) as server:
         with silent_stream(server, FULL) as silent:

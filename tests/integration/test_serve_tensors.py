@@ -338,6 +338,7 @@ def test_sigterm_answers_what_is_open_and_takes_no_more(tmp_path: Path) -> None:
         assert server.process.wait(20) == 0, "".join(server.said)
 
 
+@pytest.mark.full
 def test_a_loop_that_hangs_ends_the_job_and_its_requests(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
