@@ -112,6 +112,7 @@ def test_throughput_of_more_requests_than_run_at_once(model: Path) -> None:
     assert "7 requests, 5 tokens in, 4 out" in describe(report)
 
 
+@pytest.mark.full
 def test_startup_is_measured_from_outside(model: Path) -> None:
     report = bench("startup", model, "--starts", "2", "--input-len", "5")
     assert report["limits"] is None

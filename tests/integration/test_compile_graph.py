@@ -80,6 +80,7 @@ def results_of(folder: Path) -> list[list[torch.Tensor]]:
     return [[torch.from_numpy(file[name]) for name in file.files] for file in files]
 
 
+@pytest.mark.full
 def test_a_bundle_runs_elsewhere_without_the_models_code_and_compiles_nothing(
     tmp_path: Path,
 ) -> None:

@@ -179,6 +179,7 @@ def test_all_outputs_come_if_none_is_named(server: Server) -> None:
     np.testing.assert_allclose(answer["outputs"][0]["data"], net(x).ravel(), rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.full
 def test_two_stages_batch_sixteen_at_once(tmp_path: Path) -> None:
     """Every answer is what the request gets alone."""
     with Server.start(plan_of(tmp_path, "Net", X), "-pp", "2") as server:
