@@ -304,6 +304,8 @@ class Scheduler:
 
         One that begins as this step's others do waits for the next step, in which that is known.
         """
+        if not self._waiting:
+            return  # The usual case.
         num_known, num_held = len(self._running) + len(self._waiting), 0
         # Who only waits for the last tokens to be read needs no seat any more.
         num_seated = sum(not sequence.will_be_over for sequence in self._running)
