@@ -1,13 +1,13 @@
 """Tensor models on one GPU: see scripts/gpu_check.
 
-    gpu_tensor.py OUT RESULT.json [MODEL ...]
+    gpu_tensor.py OUT RESULT.json [--models MODEL ...] [--backends BACKEND ...]
 
-Compiles each model (or those named) with each backend, then runs batches of its smallest and
-largest bucket: one after the other, which gives the latency, and several in flight, where copies
-overlap with computing. The vision examples run on this host's CPU, too, all of its cores, by
-PyTorch.
+Compiles each model with each backend, then runs batches of its smallest and largest bucket: one
+after the other, which gives the latency, and several in flight, where copies overlap with
+computing. The vision examples run on this host's CPU, too, all of its cores, by PyTorch.
 """
 
+import argparse
 import json
 import os
 import subprocess
@@ -38,7 +38,7 @@ from runner.pipeline.pipeline import Pipeline  # noqa: E402
 from runner.pipeline.programs import batch_size  # noqa: E402
 from runner.pipeline.rank import run_worker  # noqa: E402
 
-WAYS = (("tensorrt", "cuda"), ("inductor", "cuda"), ("eager", "cuda"))
+BACKENDS = ("tensorrt", "inductor", "eager")
 ON_CPU = ("eager", "cpu")
 LATENCIES = {"cuda": 30, "cpu": 5}
 IN_FLIGHT = {"cuda": 40, "cpu": 8}
@@ -88,14 +88,15 @@ def models() -> Iterator[Model]:
     yield Model("ResNet-50 fp16", "", (), (1, 64))
     dummy = "model.load_format=dummy"
     anything = "model.path=pyproject.toml"
+    tf32 = "compile.allow_tf32=true"
     yield Model("EfficientNet-Lite0", "efficientnet/plan.yaml", (dummy, anything), (1, 64), True)
-    yield Model("PointNet", "lidar/plan.yaml", (), (1, 16))
+    yield Model("PointNet", "lidar/plan.yaml", (tf32,), (1, 16))
     ct = (dummy, anything, "model.dtype=bfloat16")
     yield Model("3-D ResNet-152 bf16", "ct/plan.yaml", ct, (1,))
     if (package := find_spec("rapidocr_onnxruntime")) and package.origin:
         detector = next(Path(package.origin).parent.rglob("*_det_infer.onnx"))
         path = f"model.path={detector}"
-        yield Model("PP-OCR detector", "ocr/plan.yaml", (path,), (1, 4), True)
+        yield Model("PP-OCR detector", "ocr/plan.yaml", (path, tf32), (1, 4), True)
 
 
 def compile_model(
@@ -190,27 +191,42 @@ class Measurement:
         return start.elapsed_time(end) / LATENCIES["cuda"]
 
 
-def main(out: Path, result: Path, names: list[str]) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("result", type=Path)
+    known = {model.name: model for model in models()}
+    parser.add_argument("--models", nargs="+", choices=known, default=list(known))
+    parser.add_argument(
+        "--backends", nargs="*", choices=BACKENDS, default=BACKENDS, help="none: only the CPU's"
+    )
+    arguments = parser.parse_args()
     rows: list[Row] = []
-    for model in models():
-        if names and model.name not in names:
-            continue
-        for backend, device_type in [*WAYS, ON_CPU] if model.is_vision else WAYS:
-            subject = f"{model.name}, {backend}" + (" on the CPU" if device_type == "cpu" else "")
-            bundle, seconds, code = compile_model(model, backend, out, device_type=device_type)
-            rows.append(Row(subject, "compile, s", seconds))
-            if code:
-                rows.append(Row(subject, "compile FAILED with exit code", code))
-                continue
-            measurement = Measurement(bundle, device_type)
-            rows.append(Row(subject, "parity passed", bool(measurement.parity["passed"])))
-            for index, size in enumerate(model.buckets):
-                for what, value in measurement.bucket(index).items():
-                    rows.append(Row(subject, f"batch {size}: {what}", value))
-            del measurement
-            torch.cuda.empty_cache()
-            result.write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    for name in arguments.models:
+        model = known[name]
+        ways = [(backend, "cuda") for backend in arguments.backends]
+        for backend, device_type in [*ways, ON_CPU] if model.is_vision else ways:
+            rows += figures(model, backend, device_type, arguments.out)
+            content = json.dumps([asdict(row) for row in rows], indent=1)
+            arguments.result.write_text(content + "\n")
+
+
+def figures(model: Model, backend: str, device_type: str, out: Path) -> Iterator[Row]:
+    """Of one bundle, compiled here."""
+    subject = f"{model.name}, {backend}" + (" on the CPU" if device_type == "cpu" else "")
+    bundle, seconds, code = compile_model(model, backend, out, device_type=device_type)
+    yield Row(subject, "compile, s", seconds)
+    if code:
+        yield Row(subject, "compile FAILED with exit code", code)
+        return
+    measurement = Measurement(bundle, device_type)
+    yield Row(subject, "parity passed", bool(measurement.parity["passed"]))
+    for index, size in enumerate(model.buckets):
+        for what, value in measurement.bucket(index).items():
+            yield Row(subject, f"batch {size}: {what}", value)
+    del measurement
+    torch.cuda.empty_cache()
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3:])
+    main()

@@ -15,21 +15,17 @@ square of all: products whose factors keep 14 bits or more are within it, those 
 11, are not (docs/measurements.md).
 """
 
-_TF32_ERROR = 16 * 2.0**-10
-"""The same where products are in TF32: sixteen of its roundings."""
 
+def advice(
+    config: CompileConfig, dtype: torch.dtype, device: torch.device, *, cosine: float
+) -> str:
+    """What may mend a comparison that failed, to be put behind its complaint; or nothing.
 
-def least_error(dtype: torch.dtype, *, allow_tf32: bool) -> float:
-    """What is never too large for the largest error of an element; see `LEAST_ERROR`."""
-    return _TF32_ERROR if allow_tf32 and dtype == torch.float32 else LEAST_ERROR
-
-
-def advice(config: CompileConfig, dtype: torch.dtype, device: torch.device, *, error: float) -> str:
-    """What may mend a comparison that failed by such an error, to be put behind its complaint; or
-    nothing.
+    Args:
+        cosine: what was found; TF32 makes single elements wrong, but never the whole.
     """
     may_be_tf32 = (dtype, device.type, config.backend) == (torch.float32, "cuda", "tensorrt")
-    if not may_be_tf32 or config.allow_tf32 or not error <= _TF32_ERROR:
+    if not may_be_tf32 or config.allow_tf32 or not cosine >= config.parity.min_cosine:
         return ""
     return (
         "; TensorRT-RTX multiplies float32 in TF32: set compile.allow_tf32 to true if that is good "

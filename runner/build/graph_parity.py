@@ -1,7 +1,8 @@
 """The gate of a tensor model's bundle: what its ranks return together, in every bucket, against the
 whole module in a wider dtype.
 
-How far the module is from that in its own dtype says how much a compiled one may be.
+How far the module is from that in its own dtype, and with products in TF32 where they may be, says
+how much a compiled one may be.
 """
 
 import json
@@ -17,10 +18,11 @@ from parallel.context import ParallelContext
 from parallel.graph_plan import Bucket
 from parallel.graph_twin import values_of
 from parallel.records import read_record
-from runner.build.agreement import advice, cosine_of, errors_of, least_error
+from runner.build.agreement import LEAST_ERROR, advice, cosine_of, errors_of
 from runner.build.recipe import Verdict
+from runner.build.tf32 import products_in_tf32
 from runner.build.widening import run_widened, wider_than
-from runner.config.schema import CompileConfig
+from runner.config.schema import ParityConfig
 from runner.graph_planning import GraphJob
 from runner.pipeline.check import random_inputs
 from runner.pipeline.programs import batch_size
@@ -88,7 +90,7 @@ def compare(job: GraphJob, worker: StageWorker, context: ParallelContext) -> Gra
     if failed:
         dtype = getattr(torch, job.plan.dtype)
         fault = _complaint(failed)
-        fault += advice(job.config.compile, dtype, context.device, error=failed.error)
+        fault += advice(job.config.compile, dtype, context.device, cosine=failed.cosine)
     return GraphParity(failed is None, fault, outputs)
 
 
@@ -108,7 +110,9 @@ def _judge_all(job: GraphJob, pipeline: "Pipeline") -> list[OutputParity]:
         compiled = [torch.stack(o) for o in zip(*answers, strict=True)]
         if not job.plan.is_batched:
             compiled = [output[0] for output in compiled]
-        eager, exact = _run(module, inputs), run_widened(module, inputs, wide)
+        with products_in_tf32(job.config.compile.allow_tf32):
+            eager = _run(module, inputs)
+        exact = run_widened(module, inputs, wide)
         found += _judge(job, bucket, compiled, eager, exact)
     return found
 
@@ -129,7 +133,7 @@ def _judge(
 ) -> list[OutputParity]:
     shapes = ", ".join(f"{c.name}{list(c.shape)}" for c in bucket)
     return [
-        _judge_one(name.name, shapes, outputs, job.config.compile)
+        _judge_one(name.name, shapes, outputs, job.config.compile.parity)
         for name, outputs in zip(
             job.plan.outputs, zip(compiled, eager, wide, strict=True), strict=True
         )
@@ -140,9 +144,9 @@ def _judge_one(
     name: str,
     shapes: str,
     outputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor],
-    config: CompileConfig,
+    bounds: ParityConfig,
 ) -> OutputParity:
-    (compiled, eager, wide), bounds = outputs, config.parity
+    compiled, eager, wide = outputs
     if not eager.numel():
         return OutputParity(name, shapes, 0.0, 0.0, 1.0, passed=True)
     if not eager.is_floating_point():
@@ -151,8 +155,7 @@ def _judge_one(
         return OutputParity(name, shapes, error, eager_error, 1 - error, passed)
     error, cosine = _distance(compiled, wide)
     eager_error, _ = _distance(eager, wide)
-    least = least_error(eager.dtype, allow_tf32=config.allow_tf32)
-    floor = max(_FLOOR * torch.finfo(eager.dtype).eps, least)
+    floor = max(_FLOOR * torch.finfo(eager.dtype).eps, LEAST_ERROR)
     allowed = max(bounds.max_error_ratio * eager_error, floor)
     # Written so that NaN fails.
     passed = error <= allowed and cosine >= bounds.min_cosine

@@ -12,7 +12,8 @@ from statistics import median
 
 import torch
 
-from runner.build.agreement import least_error
+from runner.build.agreement import LEAST_ERROR
+from runner.build.tf32 import products_in_tf32
 from runner.build.widening import run_widened, wider_than
 from runner.compiler.backend import Compiled
 from runner.compiler.segment import Segment, TensorSpec, named_tensors
@@ -35,7 +36,8 @@ class Samples:
     Attributes:
         inputs: several sets, each in the order of `Segment.inputs`.
         exact: outputs in full precision for `inputs[0]`.
-        eager_error: the error of PyTorch's kernels in the segment's own dtype.
+        eager_error: the error of PyTorch's kernels in the segment's own dtype, with products in
+            TF32 where they may be.
     """
 
     inputs: tuple[Inputs, ...]
@@ -54,8 +56,9 @@ class Samples:
         dtype = next(floating, torch.float32)
         run = segment.function()
         exact = tuple(run_widened(run, inputs[0], wider_than(dtype)))
-        eager = error_of(tuple(run(*inputs[0])), exact)
-        floor = max(4 * torch.finfo(dtype).eps, least_error(dtype, allow_tf32=allow_tf32) / 4)
+        with products_in_tf32(allow_tf32):
+            eager = error_of(tuple(run(*inputs[0])), exact)
+        floor = max(4 * torch.finfo(dtype).eps, LEAST_ERROR / 4)
         return cls(inputs, exact, max(eager, floor))
 
     @torch.inference_mode()

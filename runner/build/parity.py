@@ -12,10 +12,11 @@ from dataclasses import dataclass
 
 import torch
 
-from runner.build.agreement import advice, cosine_of, errors_of, gain_of, least_error
+from runner.build.agreement import LEAST_ERROR, advice, cosine_of, errors_of, gain_of
 from runner.build.recipe import Verdict
 from runner.build.reference import EMBEDDING, HEAD, Reference, Unit
 from runner.build.sharing import barrier, gather
+from runner.build.tf32 import products_in_tf32
 from runner.build.whole_parity import WholeParity, compare_whole
 from runner.config.schema import CompileConfig
 from runner.engine.batching import StepInputs, lay_out
@@ -147,7 +148,7 @@ def compare(job: DecoderJob, runner: StageRunner) -> ParityReport:
     fault = "" if whole.passed else whole.complaint()
     if failed:
         fault = _complaint(failed)
-        fault += advice(config, runner.stage.dtype, context.device, error=failed.error)
+        fault += advice(config, runner.stage.dtype, context.device, cosine=failed.cosine)
     note = "" if has_reference else "layers not compared: random weights differ from cut to cut"
     return ParityReport(not fault, fault or note, tuple(units), whole)
 
@@ -243,7 +244,8 @@ def _judge(
     size = {"num_blocks": runner.num_blocks + 1, "block_size": runner.block_size}
     before = None if x is None else x.to(device)
     wanted = exact.run(batch, before, **size)
-    plain = eager.run(batch, before, **size).to(wide)
+    with products_in_tf32(config.allow_tf32):
+        plain = eager.run(batch, before, **size).to(wide)
     found = got.to(device, wide)
     rows = step.inputs.num_samples if name == HEAD else len(found)
     wanted, plain, found = (y[:rows] for y in (wanted, plain, found))
@@ -260,7 +262,7 @@ def _judge(
     gain, eager_gain = (gain_of(y, wanted, rounding=eps * stored) for y in (found, plain))
     # Written so that a number that is none fails.
     passed = cosine >= bounds.min_cosine
-    floor = max(_FLOOR * eps, least_error(narrow, allow_tf32=config.allow_tf32))
+    floor = max(_FLOOR * eps, LEAST_ERROR)
     passed = passed and beyond <= max(bounds.max_error_ratio * eager_error, floor)
     passed = passed and abs(gain - 1) <= max(
         bounds.max_gain_error, bounds.max_error_ratio * abs(eager_gain - 1)

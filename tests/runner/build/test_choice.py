@@ -146,7 +146,7 @@ def test_products_in_float32_may_be_as_coarse_as_those_of_tensorrt_but_not_as_tf
     of_tf32, finer = (samples.error_ratio(segments[bits].function()) for bits in (11, 14))
     assert of_tf32 > 4
     allowing = Samples.draw(segments[None], CPU, allow_tf32=True)
-    assert allowing.error_ratio(segments[11].function()) < 1
+    assert allowing.error_ratio(segments[11].function()) == pytest.approx(1, abs=0.05)
     # Two products that are each off by 4e-5 of their norm.
     assert 0.5 < finer < 4
 

@@ -4,9 +4,9 @@ import pytest
 import torch
 
 from runner.build.graph_parity import GraphParity, OutputParity, _judge_one
-from runner.config.schema import CompileConfig
+from runner.config.schema import ParityConfig
 
-BOUNDS = CompileConfig()
+BOUNDS = ParityConfig()
 EXACT = torch.randn(4, 64, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
