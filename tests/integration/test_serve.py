@@ -16,7 +16,7 @@ import openai
 import pytest
 import torch
 from checkpoints import add_tokenizer, load_reference, make_checkpoint, reference_logits
-from processes import processes_naming, run_command
+from processes import held_rank, processes_naming, run_command
 from safetensors.torch import load_file, save_file
 from servers import Server
 from streams import silent_stream
@@ -201,13 +201,17 @@ def num_ended(server: Server, reason: str) -> float:
 def test_many_at_once_get_what_each_gets_alone(model: Path) -> None:
     """On two stages of two ranks, with fewer places than requests."""
     cut = ["-tp", "2", "-pp", "2", "--set", "scheduler.max_num_seqs=16"]
-    with Server.start(model, *cut) as server:
-        *starting, ready = server.startup
-        assert ready == {"status": "ready"}
-        assert {state["status"] for state in starting} == {"starting"}
-        at = [state["ranks"] for state in starting if state["ranks"]]
-        assert all(len(ranks) == 4 for ranks in at)
-        assert len({words for ranks in at for words in ranks}) > 1
+    with Server.launch(model, *cut) as server:
+        with held_rank(str(model), 3):
+            server.wait_until_listening()
+            # It joins the others, or not.
+            wait_for(lambda: len(set(server.startup().json()["ranks"])) > 1, seconds=60)
+            assert server.startup().status_code == 503
+            starting = server.startup().json()
+            assert starting["status"] == "starting"
+            assert len(starting["ranks"]) == 4
+        server.wait_until_ready()
+        assert server.startup().json() == {"status": "ready"}
         prompts = [f"{'x' * (n % 40)}{n}" for n in range(64)]
 
         def answer(n: int) -> str:

@@ -1,10 +1,12 @@
 """Run the command as a user does, and see what processes it leaves."""
 
 import os
+import signal
 import subprocess
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 COMMAND = [sys.executable, "-m", "runner"]
@@ -66,6 +68,25 @@ def rank_pid(text: str, rank: int) -> int:
         if f"RANK={rank}".encode() in environment:
             return pid
     raise ProcessLookupError(f"rank {rank} of {text}")
+
+
+@contextmanager
+def held_rank(text: str, rank: int) -> Iterator[None]:
+    """A rank whose command line holds `text` comes no further until the body ends."""
+    deadline = time.monotonic() + 60
+    while True:
+        try:
+            pid = rank_pid(text, rank)
+            break
+        except OSError:
+            if time.monotonic() > deadline:
+                raise
+            time.sleep(0.01)
+    os.kill(pid, signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(pid, signal.SIGCONT)
 
 
 def wait_until_gone(text: str, *, timeout_s: float) -> list[int]:

@@ -4,12 +4,11 @@ import re
 import signal
 import subprocess
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from threading import Thread
-from typing import Any
 
 import httpx
 from openai import OpenAI
@@ -24,18 +23,24 @@ class Server:
 
     Attributes:
         said: lines of its standard error so far.
-        startup: what `/health/startup` said until it was ready, each once.
     """
 
     process: "subprocess.Popen[str]"
     said: list[str] = field(default_factory=list)
-    startup: list[dict[str, Any]] = field(default_factory=list)
     url: str = ""
 
     @classmethod
     @contextmanager
     def start(cls, model: Path, *options: str) -> Iterator["Server"]:
-        """Ready when the body runs; gone after it.
+        """Ready when the body runs, otherwise as `launch`."""
+        with cls.launch(model, *options) as server:
+            server.wait_until_ready()
+            yield server
+
+    @classmethod
+    @contextmanager
+    def launch(cls, model: Path, *options: str) -> Iterator["Server"]:
+        """Not ready yet when the body runs; gone after it.
 
         Args:
             model: its folder, or a configuration.
@@ -46,7 +51,6 @@ class Server:
         server = cls(process)
         Thread(target=server._listen, daemon=True).start()
         try:
-            server._wait_until_ready()
             yield server
         finally:
             process.kill()
@@ -70,16 +74,25 @@ class Server:
         for line in self.process.stderr:
             self.said.append(line)
 
-    def _wait_until_ready(self) -> None:
+    def startup(self) -> httpx.Response:
+        """How far the start is."""
+        return httpx.get(f"{self.url}/health/startup")
+
+    def wait_until_listening(self) -> None:
+        self._wait_until(self._listens)
+
+    def wait_until_ready(self) -> None:
+        self._wait_until(lambda: self._listens() and self.startup().status_code == 200)
+
+    def _listens(self) -> bool:
+        if found := re.search(r" at (http://\S+)", "".join(self.said)):
+            self.url = found[1]
+        return bool(self.url)
+
+    def _wait_until(self, holds: Callable[[], bool]) -> None:
         deadline = time.monotonic() + _START_S
-        while time.monotonic() < deadline:
+        while not holds():
             assert self.process.poll() is None, "".join(self.said)
-            if found := re.search(r" at (http://\S+)", "".join(self.said)):
-                self.url = found[1]
-                answer = httpx.get(f"{self.url}/health/startup")
-                if answer.json() not in self.startup:
-                    self.startup.append(answer.json())
-                if answer.status_code == 200:
-                    return
+            if time.monotonic() > deadline:
+                raise TimeoutError("".join(self.said))
             time.sleep(0.1)
-        raise TimeoutError("".join(self.said))

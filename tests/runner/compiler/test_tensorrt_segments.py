@@ -10,20 +10,16 @@ import torch
 from checkpoints import FAMILIES
 from engine_builds import Built, Case, build_engines
 
-# On an idle machine of two cores the engines in half precision take two to three minutes.
+# On an idle machine of two cores the engines of a dtype take two minutes.
 pytestmark = pytest.mark.timeout(1200)
 
 DECODE, PREFILL = 1, 33
 
-HALF, SINGLE = (
-    [
-        Case(tp_size, dtype, num_rows)
-        for tp_size in (1, 2)
-        for dtype in dtypes
-        for num_rows in (DECODE, PREFILL)
-    ]
-    for dtypes in ((torch.bfloat16, torch.float16), (torch.float32,))
-)
+DTYPES = [
+    torch.bfloat16,
+    pytest.param(torch.float16, marks=pytest.mark.full),
+    pytest.param(torch.float32, marks=pytest.mark.full),
+]
 
 ALIKE = ("llama", "mistral", "qwen2")
 """Families that share most segments begin so, and are built by one process."""
@@ -50,28 +46,25 @@ def build_all(cases: list[Case], checkpoint: Checkpoint, desk: Path) -> dict[str
     return found
 
 
-@pytest.fixture(scope="module")
-def half(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
-    return build_all(HALF, checkpoint, tmp_path_factory.mktemp("half"))
-
-
-@pytest.fixture(scope="module")
-def single(checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Built]:
-    return build_all(SINGLE, checkpoint, tmp_path_factory.mktemp("single"))
-
-
-@pytest.mark.parametrize("name", FAMILIES)
-def test_every_segment_is_one_engine_in_both_half_precisions(
-    name: str, half: dict[str, Built]
-) -> None:
+@pytest.fixture(scope="module", params=DTYPES, ids=str)
+def cases(request: pytest.FixtureRequest) -> list[Case]:
     """For one rank and for two, for decoding and for prompts."""
-    # Of either size of the group at least qkv, two kinds of layers' parts, and the head.
-    assert half[name].num_segments >= 4 * len(HALF)
-    assert half[name].errors == ()
+    return [
+        Case(tp_size, request.param, num_rows)
+        for tp_size in (1, 2)
+        for num_rows in (DECODE, PREFILL)
+    ]
 
 
-@pytest.mark.full
+@pytest.fixture(scope="module")
+def built(
+    cases: list[Case], checkpoint: Checkpoint, tmp_path_factory: pytest.TempPathFactory
+) -> dict[str, Built]:
+    return build_all(cases, checkpoint, tmp_path_factory.mktemp("built"))
+
+
 @pytest.mark.parametrize("name", FAMILIES)
-def test_every_segment_is_one_engine_in_float32(name: str, single: dict[str, Built]) -> None:
-    assert single[name].num_segments >= 4 * len(SINGLE)
-    assert single[name].errors == ()
+def test_every_segment_is_one_engine(name: str, cases: list[Case], built: dict[str, Built]) -> None:
+    # In every case at least qkv, two kinds of layers' parts, and the head.
+    assert built[name].num_segments >= 4 * len(cases)
+    assert built[name].errors == ()
