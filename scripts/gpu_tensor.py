@@ -102,7 +102,7 @@ def models() -> Iterator[Model]:
 def compile_model(
     model: Model, backend: str, out: Path, *, num_stages: int = 1, device_type: str = "cuda"
 ) -> tuple[Path, float, int]:
-    """Its bundle, the seconds that it took, and the exit code."""
+    """Its bundle, the seconds that it took, and the exit code. Stages are cut by measured times."""
     plan = ROOT / "examples" / model.plan
     if not model.plan:
         plan = out / "resnet50.yaml"
@@ -118,17 +118,31 @@ def compile_model(
         f"parallel.pipeline_parallel_size={num_stages}",
         f"parallel.device={device_type}",
     ]
-    command = [sys.executable, "-P", "-m", "runner", "compile", "--config", str(plan)]
-    command += ["--output", str(bundle), "--overwrite"]
-    for setting in settings:
-        command += ["--set", setting]
     started = time.monotonic()
-    with (out / f"compile-{bundle.name}.log").open("w") as log:
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
-        done = subprocess.run(
-            command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, env=environment, timeout=300
-        )
-    return bundle, time.monotonic() - started, done.returncode
+    if num_stages > 1:
+        cut = out / f"cut-{bundle.name}.json"
+        if code := command(cut, "plan", plan, settings, "--measure", "--json"):
+            return bundle, time.monotonic() - started, code
+        points = json.loads(cut.read_text())["measured"]["split_points"]
+        settings.append(f"parallel.split_points={json.dumps(points)}")
+    log = out / f"compile-{bundle.name}.log"
+    code = command(log, "compile", plan, settings, "--output", str(bundle), "--overwrite")
+    return bundle, time.monotonic() - started, code
+
+
+def command(output: Path, name: str, plan: Path, settings: list[str], *options: str) -> int:
+    """Run a command of shardline on a plan; its exit code. What it says goes into a file, its
+    standard error into one beside that.
+    """
+    arguments = [sys.executable, "-P", "-m", "runner", name, "--config", str(plan), *options]
+    for setting in settings:
+        arguments += ["--set", setting]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+    errors = output.with_name(f"{output.name}.err")
+    with output.open("w") as said, errors.open("w") as complained:
+        return subprocess.run(
+            arguments, cwd=ROOT, stdout=said, stderr=complained, env=environment, timeout=300
+        ).returncode
 
 
 class Measurement:
