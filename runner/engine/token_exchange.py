@@ -23,8 +23,6 @@ class TokenExchange:
         """All ranks must do this together."""
         self.source = context.topology.ranks(context.topology.last_stage)[0]
         self._world = context.world
-        self._group = context.world.process_group
-        self._annotate = context.annotate
         self._device = context.device
         is_gpu = context.device.type == "cuda"
         self._stream = torch.cuda.Stream(context.device) if is_gpu else None  # type: ignore[no-untyped-call]
@@ -51,11 +49,14 @@ class TokenExchange:
         Args:
             chosen: (n,) int64, which the next step may overwrite.
         """
-        if self._group is None:
+        group = self._world.process_group
+        if group is None:
             return _to_host(chosen)
         chosen = chosen.clone()
-        with self._annotate("broadcast"):
-            work = dist.broadcast(chosen, self.source, group=self._group, async_op=True)
+        with self._world.annotate("broadcast"):
+            work = dist.broadcast(
+                chosen, self.source, group=self._world.process_group, async_op=True
+            )
         read = _to_host(chosen)
 
         def read_when_sent() -> list[int]:
@@ -68,9 +69,9 @@ class TokenExchange:
         """The next numbers that are sent, so many; on the other ranks."""
 
         def receive() -> list[int]:
-            with self._annotate("broadcast"), torch.cuda.stream(self._stream):
+            with self._world.annotate("broadcast"), torch.cuda.stream(self._stream):
                 tokens = torch.empty(count, dtype=torch.int64, device=self._device)
-                dist.broadcast(tokens, self.source, group=self._group)
+                dist.broadcast(tokens, self.source, group=self._world.process_group)
                 return _to_host(tokens)()
 
         return receive
