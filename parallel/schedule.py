@@ -1,4 +1,4 @@
-"""The forward-only pipeline of micro-batches: how a batch is split, and how long it will take.
+"""The forward-only pipeline of micro-batches: how long it will take.
 
 Pure. The order is the same on every stage: micro-batch 0, 1, 2 and so on. Not here: running it, nor
 measuring the times that it is predicted from.
@@ -33,7 +33,8 @@ def predict(
 
     A stage starts a micro-batch when it has received it and has finished the one before. A send
     overlaps with compute; one boundary carries one micro-batch at a time, and the receiver has
-    room for all that arrive.
+    room for all that arrive. For p equal stages and m micro-batches the bubble is then
+    (p - 1) / (m + p - 1) (Huang et al., GPipe, 2019).
 
     Args:
         stage_times: what each stage takes for one micro-batch.
@@ -60,56 +61,6 @@ def predict(
     busy = num_microbatches * sum(stage_times)
     # Rounding may make the busy time of a single stage exceed its makespan by a hair.
     return Prediction(makespan, max(0.0, 1 - busy / (len(stage_times) * makespan)))
-
-
-def bubble(
-    num_stages: int,
-    num_microbatches: int,
-    stage_times: Sequence[float] | None = None,
-    transfer_times: Sequence[float] | None = None,
-) -> float:
-    """The predicted idle share of the stages' time.
-
-    For p equal stages and m micro-batches it is (p - 1) / (m + p - 1) (Huang et al., GPipe, 2019);
-    otherwise that of `predict`.
-
-    >>> bubble(4, 1), bubble(4, 13)
-    (0.75, 0.1875)
-
-    Raises:
-        ConfigError: as of `predict`, or not one time for each stage.
-    """
-    if stage_times is not None and len(stage_times) != num_stages:
-        raise ConfigError(
-            f"{len(stage_times)} stage times for {num_stages} stages; give one for each stage"
-        )
-    if stage_times is None:
-        stage_times = [1.0] * num_stages
-    return predict(stage_times, num_microbatches, transfer_times).bubble
-
-
-def microbatches(num_items: int, max_batch_size: int, num_stages: int) -> tuple[int, ...]:
-    """Sizes of the micro-batches of a batch: as few as fill the pipeline, as even as can be.
-
-    There are at least `num_stages` of them where there are as many items, so that every stage has
-    work at once. Larger ones come first; sizes differ by at most one.
-
-    >>> microbatches(10, 8, 4), microbatches(20, 8, 2), microbatches(2, 8, 4)
-    ((3, 3, 2, 2), (7, 7, 6), (1, 1))
-
-    Raises:
-        ConfigError: a negative number of items, or a batch size or number of stages below 1.
-    """
-    if num_items < 0 or max_batch_size < 1 or num_stages < 1:
-        raise ConfigError(
-            f"num_items={num_items}, max_batch_size={max_batch_size}, num_stages={num_stages}: "
-            "num_items must be 0 or more, the others 1 or more"
-        )
-    if num_items == 0:
-        return ()
-    count = max(-(-num_items // max_batch_size), min(num_stages, num_items))
-    size, num_larger = divmod(num_items, count)
-    return (size + 1,) * num_larger + (size,) * (count - num_larger)
 
 
 def _check(

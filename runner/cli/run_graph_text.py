@@ -41,8 +41,8 @@ class RunReport:
         ]
         if len(self.plan.stages) > 1:
             lines.append(
-                f"pipeline bubble: {ran.bubble:.1%} measured over {ran.num_batches} batches; "
-                f"{self.plan.bubble:.1%} predicted for {self.plan.num_microbatches}"
+                f"pipeline bubble over {plural(ran.num_batches, 'micro-batch')}: {ran.bubble:.1%} "
+                f"measured, {ran.predicted_bubble:.1%} predicted of the stages' times"
             )
         return "\n".join(lines)
 
@@ -61,7 +61,7 @@ class RunReport:
             "batches_by_reason": metrics.by_reason,
             "busy_s": ran.busy_s,
             "bubble_measured": ran.bubble,
-            "bubble_predicted": self.plan.bubble,
+            "bubble_predicted": ran.predicted_bubble,
         }
         return json.dumps(values)
 

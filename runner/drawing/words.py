@@ -2,5 +2,6 @@
 
 
 def plural(count: int, noun: str) -> str:
-    """A count with its noun: `1 rank`, `8 ranks`."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+    """A count with its noun: `1 rank`, `8 ranks`, `2 batches`."""
+    ending = "" if count == 1 else "es" if noun.endswith("ch") else "s"
+    return f"{count:,} {noun}{ending}"

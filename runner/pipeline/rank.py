@@ -5,12 +5,14 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from threading import Thread
 
 from parallel.collectives import all_gather_bytes
 from parallel.context import ParallelContext
 from parallel.launch import RankEnv
 from parallel.progress import Doing, ProgressBoard
+from parallel.schedule import predict
 from runner.compiler.counter import compilations
 from runner.graph_planning import GraphJob
 from runner.joining import annotation, as_rank, confine, join, spare_collector
@@ -34,18 +36,33 @@ class PipelineReport:
         num_batches: that went through it.
         seconds: from the first of them to the last result.
         busy_s: of each rank, computing.
+        tp_sizes: ranks of each stage.
     """
 
     num_batches: int
     seconds: float
     busy_s: tuple[float, ...]
+    tp_sizes: tuple[int, ...]
 
     @property
     def bubble(self) -> float:
         """Share of the ranks' time in which they did not compute, from first to last."""
-        if not self.seconds:
+        return self._idle_share(self.seconds)
+
+    @property
+    def predicted_bubble(self) -> float:
+        """The same if stages that take these times did nothing else, and waited for nothing but one
+        another.
+        """
+        if not any(self.busy_s):
             return 0.0
-        return max(0.0, 1 - sum(self.busy_s) / (len(self.busy_s) * self.seconds))
+        ranks, stage_times = iter(self.busy_s), []
+        for size in self.tp_sizes:
+            stage_times.append(max(islice(ranks, size)) / self.num_batches)
+        return self._idle_share(predict(stage_times, self.num_batches).makespan)
+
+    def _idle_share(self, seconds: float) -> float:
+        return max(0.0, 1 - sum(self.busy_s) / (len(self.busy_s) * seconds)) if seconds else 0.0
 
 
 def run_graph_rank(
@@ -108,7 +125,8 @@ def run_worker(
     # Before anything is raised: the others end well, whatever rank 0 met beside the pipeline.
     busy = _gather_busy(worker, context)
     user.finish()
-    return PipelineReport(pipeline.num_batches, pipeline.last_s - pipeline.first_s, busy)
+    seconds = pipeline.last_s - pipeline.first_s
+    return PipelineReport(pipeline.num_batches, seconds, busy, tuple(job.plan.tp_sizes))
 
 
 class _User:

@@ -18,7 +18,9 @@ _MODULE_PATH = re.compile(r"[\w./:\- @\[\]]*")
 _OPERATOR = re.compile(
     r"torch\.ops\.(?!higher_order\.)[A-Za-z]\w*"
     r"\.((?!__)\w+|__i?(and|or|xor|lshift|rshift)__)\.(?!__)\w+"
-    r"|(_operator|math)\.(?!__)\w+"
+    r"|_operator\.(eq|ne|le|ge|lt|gt|neg|pos|abs|add|sub|mul|truediv|floordiv|mod|pow|and_|or_|xor|not_"
+    r"|lshift|rshift|getitem)"
+    r"|math\.(?!__)\w+"
     r"|torch\.sym_\w+|torch\._sym_\w+"
 )
 _HIGHER_ORDER = {

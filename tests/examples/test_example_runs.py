@@ -191,6 +191,27 @@ def test_every_cut_of_a_short_ct_backbone_gives_its_features(
     assert error_of(cut(volumes), torch_outputs(model, volumes)) <= TOLERANCE
 
 
+def test_the_command_reads_volumes_and_writes_features(tmp_path: Path) -> None:
+    files = [tmp_path / "volumes" / f"chest{seed}.nii.gz" for seed in range(3)]
+    files[0].parent.mkdir()
+    for seed, file in enumerate(files):
+        write_volume(file, size=(40, 36, 20), seed=seed)
+    settings = (*SHORT_BACKBONE, "model.preprocess.volume.resample_to=[32, 32, 16]")
+    folders = [str(files[0].parent), "--output", str(tmp_path / "out"), "--format", "npy"]
+    options = [option for setting in settings for option in ("--set", setting)]
+    config = ["--config", "examples/ct/plan.yaml", "-pp", "2", "--device", "cpu"]
+    ended = run_command("run", *folders, *config, *options, "--json", timeout_s=200)
+    assert ended.returncode == 0, ended.stderr
+    told = json.loads(ended.stdout)
+    assert (told["finished"], told["failed"]) == (3, {})
+    assert 0 <= told["bubble_predicted"] < 1
+    torch.manual_seed(0)
+    volumes = _prepared(files, Example("ct/plan.yaml", settings))
+    expected = torch_outputs(backbone(num_blocks=[1, 1, 2, 1]), volumes)
+    features = np.stack([np.load(tmp_path / "out" / f"chest{seed}.npy") for seed in range(3)])
+    assert error_of(features, expected) <= TOLERANCE
+
+
 @needs_ct
 @pytest.mark.full
 @pytest.mark.timeout(900)
@@ -200,6 +221,7 @@ def test_every_cut_of_a_short_ct_backbone_gives_its_features(
         ((64, 64, 32), [1]),
         ((64, 64, 32), [1, 1]),
         ((64, 64, 32), [1, 1, 1, 1]),
+        ((224, 224, 160), [1]),
         ((224, 224, 160), [1, 1]),
         ((224, 224, 160), [1, 1, 1, 1]),
     ],

@@ -326,6 +326,33 @@ def test_limits_and_the_key(tmp_path: Path) -> None:
         assert late.status_code == 408
 
 
+def test_the_more_urgent_of_those_that_wait_goes_first(tmp_path: Path) -> None:
+    ended: list[int] = []
+    with Server.start(
+        plan_of(tmp_path, "Slow", X, max_batch_size=1, max_queue_delay_ms=60_000)
+    ) as server:
+
+        def ask(priority: int) -> None:
+            body = {"inputs": [GOOD], "parameters": {"priority": priority}}
+            answer = httpx.post(f"{server.url}/v2/models/net/infer", json=body, timeout=60)
+            assert answer.status_code == 200, answer.text
+            ended.append(priority)
+
+        with ThreadPoolExecutor(20) as pool:
+            asked = [pool.submit(ask, 0) for _ in range(16)]
+            wait_for(lambda: server.metric("num_requests_waiting") >= 10)
+            asked += [pool.submit(ask, priority) for priority in (2, 1)]
+            for answer in asked:
+                answer.result()
+        # Some had begun before these came.
+        assert ended.index(1) < len(ended) - 4
+        assert ended.index(2) < len(ended) - 4
+        body = {"inputs": [GOOD], "parameters": {"priority": -1}}
+        refused = httpx.post(f"{server.url}/v2/models/net/infer", json=body)
+        assert refused.status_code == 400
+        assert "priority" in refused.text
+
+
 def test_sigterm_answers_what_is_open_and_takes_no_more(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "Net", X, max_queue_delay_ms=4000)
     with Server.start(plan) as server, ThreadPoolExecutor(2) as pool:

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from parallel.errors import ConfigError
-from parallel.schedule import Prediction, bubble, microbatches, predict
+from parallel.schedule import Prediction, predict
 
 TIMES = st.lists(st.integers(1, 9).map(float), min_size=1, max_size=6)
 
@@ -38,8 +38,8 @@ def by_recurrence(
 @given(st.integers(1, 12), st.integers(1, 40))
 def test_equal_stages_have_the_bubble_of_the_formula(num_stages: int, num_batches: int) -> None:
     expected = (num_stages - 1) / (num_batches + num_stages - 1)
-    assert bubble(num_stages, num_batches) == pytest.approx(expected)
     predicted = predict([0.5] * num_stages, num_batches)
+    assert predicted.bubble == pytest.approx(expected)
     assert predicted.makespan == pytest.approx(0.5 * (num_batches + num_stages - 1))
 
 
@@ -53,7 +53,6 @@ def test_unequal_stages_and_transfers(
     assert predicted.makespan == by_recurrence(stage_times, transfers, num_batches)
     idle = 1 - num_batches * sum(stage_times) / (len(stage_times) * predicted.makespan)
     assert predicted.bubble == pytest.approx(idle)
-    assert bubble(len(stage_times), num_batches, stage_times, transfers) == predicted.bubble
 
 
 def test_a_pipeline_played_by_hand() -> None:
@@ -68,19 +67,7 @@ def test_a_pipeline_played_by_hand() -> None:
 
 
 def test_one_stage_has_no_bubble() -> None:
-    assert bubble(1, 7, [0.1]) == pytest.approx(0, abs=1e-12)
-
-
-@given(st.integers(0, 500), st.integers(1, 64), st.integers(1, 16))
-def test_microbatches_fill_the_pipeline(num_items: int, max_size: int, num_stages: int) -> None:
-    sizes = microbatches(num_items, max_size, num_stages)
-    assert sum(sizes) == num_items
-    assert len(sizes) >= min(num_stages, num_items)
-    assert all(1 <= size <= max_size for size in sizes)
-    assert list(sizes) == sorted(sizes, reverse=True)
-    assert not sizes or sizes[0] - sizes[-1] <= 1
-    # No more of them than needed, for either reason.
-    assert len(sizes) in (0, -(-num_items // max_size), num_stages, num_items)
+    assert predict([0.1], 7).bubble == pytest.approx(0, abs=1e-12)
 
 
 @pytest.mark.parametrize(
@@ -91,10 +78,6 @@ def test_microbatches_fill_the_pipeline(num_items: int, max_size: int, num_stage
         (lambda: predict([1.0, -1.0], 1), "none may be negative"),
         (lambda: predict([0.0, 0.0], 1), "must take time"),
         (lambda: predict([1.0, 1.0], 1, [1.0, 1.0]), "2 transfer times for 2 stages"),
-        (lambda: bubble(2, 1, [1.0]), "1 stage times for 2 stages"),
-        (lambda: bubble(0, 1), "a pipeline of 0 stages"),
-        (lambda: microbatches(-1, 1, 1), "num_items=-1"),
-        (lambda: microbatches(1, 0, 1), "max_batch_size=0"),
     ],
 )
 def test_mistakes_are_named(call: Callable[[], object], message: str) -> None:

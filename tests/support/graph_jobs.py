@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
 from itertools import count
@@ -26,7 +26,8 @@ from runner.config.schema import RunnerConfig
 from runner.graph_planning import GraphJob
 from runner.items.listing import list_items
 from runner.items.writing import open_output_folder
-from runner.pipeline.batch_metrics import BatchSnapshot
+from runner.pipeline.batch_metrics import BatchMetrics, BatchSnapshot
+from runner.pipeline.batch_service import BatchService
 from runner.pipeline.batching_policy import BatchingPolicy
 from runner.pipeline.buckets import Buckets
 from runner.pipeline.check import check_sharded
@@ -342,19 +343,22 @@ def checked(
     return None
 
 
-BALANCED = Case(
-    partial(Chain, 8, 1024), [_input("x", ["batch", 1024])], split_points={2: ["parts.4"]}
-)
-"""Two equal halves, of some milliseconds for a batch of 32; what crosses between them is small."""
+def balanced(width: int) -> Case:
+    """Two equal halves; what crosses between them is small."""
+    return Case(
+        partial(Chain, 8, width), [_input("x", ["batch", width])], split_points={2: ["parts.4"]}
+    )
 
 
 def throughput(
     context: ParallelContext, num_batches: int, num_runs: int
 ) -> list[PipelineReport] | None:
-    """Runs of full batches of `BALANCED`, after one to warm up; known on rank 0."""
-    size = 32
+    """Runs of full batches of 64, some tens of milliseconds each, after one to warm up; known on
+    rank 0.
+    """
+    size = 64
     sections = {"scheduler": {"max_batch_size": size}, "compile": {"buckets": [size]}}
-    job = make_job(BALANCED, context.topology.tp_sizes, **sections)
+    job = make_job(balanced(2048), context.topology.tp_sizes, **sections)
     worker = load_worker(job, context)
     batches = make_samples(job, [(0, size)] * 4)
     in_turn = [batches[index % len(batches)] for index in range(num_batches)]
@@ -375,7 +379,7 @@ LOAD_POLICY = BatchingPolicy(max_batch_size=16, max_queue_delay_ms=8, max_queue_
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What the batches of `BALANCED` were.
+    """What the batches of a balanced model were.
 
     Attributes:
         capacity: requests a second, slowest round first.
@@ -389,11 +393,13 @@ class LoadReport:
 
 
 def under_load(context: ParallelContext, seconds: float) -> LoadReport | None:
-    """Dynamic batching in front of `BALANCED`; known on rank 0."""
+    """Dynamic batching in front of a balanced model, whose batches take some milliseconds; known on
+    rank 0.
+    """
     size = LOAD_POLICY.max_batch_size
     buckets = {"compile": {"buckets": [1, 2, 4, 8, size]}}
     job = make_job(
-        BALANCED, context.topology.tp_sizes, scheduler={"max_batch_size": size}, **buckets
+        balanced(1024), context.topology.tp_sizes, scheduler={"max_batch_size": size}, **buckets
     )
     worker = load_worker(job, context)
     ((sample,),) = make_samples(job, [(0, 1)])
@@ -415,6 +421,35 @@ def under_load(context: ParallelContext, seconds: float) -> LoadReport | None:
 
     run_worker(job, worker, context, use if context.rank == 0 else None)
     return found[0] if found else None
+
+
+def mixed_stream(
+    context: ParallelContext, case: Case, samples: list[Sample], policy: BatchingPolicy
+) -> tuple[list[Outputs], BatchSnapshot] | None:
+    """What each sample gets from dynamic batching, asked for by four threads; known on rank 0."""
+    job = make_job(
+        case, context.topology.tp_sizes, scheduler={"max_batch_size": policy.max_batch_size}
+    )
+    worker = load_worker(job, context)
+    metrics = BatchMetrics()
+    found: list[Outputs] = []
+
+    def use(pipeline: Pipeline) -> None:
+        buckets = Buckets.of(job.plan)
+
+        def execute(shapes: Any, together: list[Sample]) -> Future[list[Outputs]]:
+            return pipeline.submit(buckets.choose(shapes, len(together)), together)
+
+        in_flight = len(job.plan.stages) + 1
+        with (
+            BatchService(policy, execute, metrics, max_in_flight=in_flight) as service,
+            ThreadPoolExecutor(4) as clients,
+        ):
+            asked = clients.map(lambda s: service.submit(tuple(x.shape for x in s), s), samples)
+            found.extend(answer.result(60) for answer in asked)
+
+    run_worker(job, worker, context, use if context.rank == 0 else None)
+    return (found, metrics.snapshot()) if context.rank == 0 else None
 
 
 def relay(

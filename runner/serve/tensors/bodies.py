@@ -50,6 +50,8 @@ class RequestParameters(Section):
     """Whether outputs are returned as bytes after the JSON."""
     timeout: Count | None = None
     """Microseconds that the answer may take."""
+    priority: int = Field(default=0, ge=0)
+    """Of those that wait 1 goes first, then 2 and so on; 0 goes after all that name one."""
 
 
 class InferRequest(Section):

@@ -12,7 +12,8 @@ from runner.items.spec import ArraySpec, shape_text
 from runner.pipeline.pipeline import Sample
 from runner.serve.bodies import parse_body
 from runner.serve.errors import ApiError
-from runner.serve.tensors.bodies import InferRequest, InputTensor
+from runner.serve.tensors.bodies import InferRequest, InputTensor, RequestParameters
+from runner.serve.tensors.front import LAST, Haste
 from runner.serve.tensors.signature import Signature, datatype_of
 
 MAX_TIMEOUT_S = 1e6
@@ -25,13 +26,12 @@ class Asked:
 
     Attributes:
         outputs: index of each output to return, and whether as bytes.
-        timeout_s: None: it names none.
     """
 
     id: str | None
     samples: list[Sample]
     outputs: list[tuple[int, bool]]
-    timeout_s: float | None
+    haste: Haste
 
 
 def decode(body: bytes, header_length: str | None, signature: Signature) -> Asked:
@@ -57,13 +57,13 @@ def decode(body: bytes, header_length: str | None, signature: Signature) -> Aske
         _tensor(spec, *given[spec.name], is_batched=signature.is_batched)
         for spec in signature.inputs
     ]
-    timeout_us = request.parameters.timeout
-    return Asked(
-        request.id,
-        _samples(tensors, signature),
-        _outputs(request, signature),
-        None if timeout_us is None else min(timeout_us / 1e6, MAX_TIMEOUT_S),
-    )
+    haste = _haste(request.parameters)
+    return Asked(request.id, _samples(tensors, signature), _outputs(request, signature), haste)
+
+
+def _haste(given: RequestParameters) -> Haste:
+    timeout_s = None if given.timeout is None else min(given.timeout / 1e6, MAX_TIMEOUT_S)
+    return Haste(timeout_s, given.priority or LAST)
 
 
 def _header_size(body: bytes, header_length: str | None) -> int:

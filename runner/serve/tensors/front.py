@@ -7,10 +7,11 @@ own.
 
 import asyncio
 import contextlib
+import sys
 import time
 from collections.abc import Coroutine, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Condition
 from typing import Any
 
@@ -32,6 +33,23 @@ Results = list[list[torch.Tensor]]
 
 _REASONS = {408: "timeout", 429: "refused"}
 """Why a request ended, by the status of its answer; any other is an error."""
+
+
+LAST = sys.maxsize
+"""The priority of a request that names none."""
+
+
+@dataclass(frozen=True)
+class Haste:
+    """How soon a request wants its answer.
+
+    Attributes:
+        timeout_s: None: it names none.
+        priority: of those that wait the lowest goes first.
+    """
+
+    timeout_s: float | None = None
+    priority: int = LAST
 
 
 @dataclass(frozen=True)
@@ -113,7 +131,7 @@ class TensorFront:
             with contextlib.suppress(RuntimeError):  # The server has ended.
                 failure.get_loop().call_soon_threadsafe(_fail, failure, message)
 
-    async def infer(self, samples: Sequence[Sample], timeout_s: float | None) -> Results:
+    async def infer(self, samples: Sequence[Sample], haste: Haste) -> Results:
         """Compute samples, in batches with those of others.
 
         Returns:
@@ -124,7 +142,8 @@ class TensorFront:
         """
         shapes = tuple(tuple(tensor.shape) for tensor in samples[0])
         self._check(shapes, len(samples))
-        timeout_s = timeout_s or self._request_timeout_s
+        if haste.timeout_s is None:
+            haste = replace(haste, timeout_s=self._request_timeout_s)
         with self._changed:
             check_ready(self._state)
             self._num_open += 1
@@ -132,8 +151,8 @@ class TensorFront:
             self._failures.add(failure)
         started = time.monotonic()
         try:
-            async with asyncio.timeout(timeout_s):
-                results = await _unless(failure, self._compute(shapes, samples, timeout_s))
+            async with asyncio.timeout(haste.timeout_s):
+                results = await _unless(failure, self._compute(shapes, samples, haste))
         except TimeoutError:
             self._metrics.finished("timeout")
             raise ApiError(408, "the request took longer than its timeout") from None
@@ -162,23 +181,19 @@ class TensorFront:
                 400, f"{num_samples} samples at once; the queue holds {most}, send fewer"
             )
 
-    async def _compute(
-        self, shapes: Shapes, samples: Sequence[Sample], timeout_s: float | None
-    ) -> Results:
+    async def _compute(self, shapes: Shapes, samples: Sequence[Sample], haste: Haste) -> Results:
         """The results; where the model raises, a second time without the samples of others."""
         try:
-            return await self._answers(_Company(shapes), samples, timeout_s)
+            return await self._answers(_Company(shapes), samples, haste)
         except _ModelRaisedError:
             alone = _Company(shapes, id(samples))
         try:
-            return await self._answers(alone, samples, timeout_s)
+            return await self._answers(alone, samples, haste)
         except _ModelRaisedError as error:
             raise ApiError(400, str(error)) from None
 
-    async def _answers(
-        self, company: _Company, samples: Sequence[Sample], timeout_s: float | None
-    ) -> Results:
-        futures = self._submit(company, samples, timeout_s)
+    async def _answers(self, company: _Company, samples: Sequence[Sample], haste: Haste) -> Results:
+        futures = self._submit(company, samples, haste)
         answers = await asyncio.gather(*map(asyncio.wrap_future, futures), return_exceptions=True)
         results: Results = []
         for answer in answers:
@@ -188,14 +203,17 @@ class TensorFront:
         return results
 
     def _submit(
-        self, company: _Company, samples: Sequence[Sample], timeout_s: float | None
+        self, company: _Company, samples: Sequence[Sample], haste: Haste
     ) -> list[Future[list[torch.Tensor]]]:
         """Queue all samples, or none."""
         assert self._service is not None, "a server that is ready has begun"
         futures: list[Future[list[torch.Tensor]]] = []
         try:
             for sample in samples:
-                futures.append(self._service.submit(company, sample, timeout_s=timeout_s))
+                future = self._service.submit(
+                    company, sample, priority=haste.priority, timeout_s=haste.timeout_s
+                )
+                futures.append(future)
         except ShardlineError as error:
             for future in futures:
                 future.cancel()

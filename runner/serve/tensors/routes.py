@@ -65,7 +65,7 @@ class TensorRoutes:
         header_length = request.headers.get("inference-header-content-length")
         body = await request.body()
         asked = await run_in_threadpool(decode, body, header_length, self._signature)
-        computing = self._front.infer(asked.samples, asked.timeout_s)
+        computing = self._front.infer(asked.samples, asked.haste)
         results = await unless_gone(request, computing)
         about = {"model_name": self._model, "model_version": VERSION}
         content, headers = await run_in_threadpool(encode, asked, results, self._signature, about)

@@ -38,6 +38,22 @@ class Lopsided(nn.Module):
         grown = y.repeat(1, 40_000)
         y = self.slow(grown)[:, :8]
         return self.last(self.again(y) + self.table(ids))
+
+class Sort(nn.Module):
+    def forward(self, x):
+        return x.sort(-1).values
+
+class Deceptive(nn.Module):
+    '''Sorting reads little and computes little, and takes as long as all of the matrices.'''
+
+    def __init__(self):
+        super().__init__()
+        self.wide = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4)))
+        self.slow = Sort()
+        self.last = nn.Linear(512, 8)
+
+    def forward(self, x):
+        return self.last(self.slow(self.wide(x).repeat(1, 8))[:, :512])
 """
 
 Prepare = Callable[..., GraphJob]
@@ -131,6 +147,20 @@ def test_what_takes_long_is_seen_to(lopsided: Callable[..., GraphJob]) -> None:
     assert sum(found.estimated_times_s) == pytest.approx(sum(found.unit_times_s))
     assert found.device == "the CPU"
     assert 0 < found.bubble(job.plan) < 1
+
+
+def test_a_measured_cut_is_better_where_estimates_are_deceived(
+    prepare: Prepare, tmp_path: Path
+) -> None:
+    inputs: list[object] = [{"name": "x", "shape": ["batch", 512]}]
+    job = prepare("lopsided_parts:Deceptive", tmp_path, inputs, pipeline_parallel_size=2)
+
+    def is_better() -> bool:
+        found = Measured.of(job)
+        assert max(found.stage_times_s) <= max(found.estimated_times_s)
+        return max(found.stage_times_s) < 0.9 * max(found.estimated_times_s)
+
+    assert within(5, is_better)
 
 
 def test_split_points_make_the_measured_cut_again(

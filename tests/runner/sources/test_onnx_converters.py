@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 
+from runner.sources.onnx_converters import _CONVERTERS
 from runner.sources.onnx_graph import open_onnx
 
 onnx = pytest.importorskip("onnx")
@@ -181,6 +182,11 @@ def assert_equal_to_onnxruntime(path, feeds):
 def test_operator(described, tmp_path):
     onnx.save(build(*described), tmp_path / "m.onnx")
     assert_equal_to_onnxruntime(tmp_path / "m.onnx", {"x": floats(*described[1]) * 2})
+
+
+def test_every_converter_has_a_case():
+    tested = {operator for operator, *_ in CASES} | {"ConvInteger", "DynamicQuantizeLinear"}
+    assert set(_CONVERTERS) == tested & set(_CONVERTERS)
 
 
 def test_integer_convolution(tmp_path):
