@@ -1,7 +1,8 @@
 """Write what a wheelhouse holds: an SBOM (CycloneDX), the licences, and wheelhouse.json.
 
-The SBOM names every wheel and every package of the distribution with its version, licence, sha256
-and package URL. The base image is named, not looked into; a kit lists its packages, too.
+The SBOM names every wheel and every package of the distribution with its version, sha256 and
+package URL, and every wheel with its licence; what distributions say of licences is texts, which
+lie beside it. The base image is named, not looked into; a kit lists its packages, too.
 """
 
 import argparse
@@ -93,6 +94,12 @@ def debs(folder: Path, distribution: str) -> Iterator[Component]:
         yield component(purl, file=folder / file)
 
 
+def base_image(name: str, archive: Path) -> Component:
+    """What the rest is put on."""
+    repository, _, tag = name.partition(":")
+    return component(PackageURL("docker", None, repository, tag or "latest"), file=archive)
+
+
 def write_sbom(bom: Bom, file: Path) -> None:
     make_outputter(bom, OutputFormat.JSON, SchemaVersion.V1_6).output_to_file(
         str(file), allow_overwrite=True, indent=1
@@ -117,7 +124,8 @@ def main() -> None:
     )
     distribution = "ubuntu" if "ubuntu" in given.base else "debian"
     found_wheels = [*wheels(folder / "wheels", licences), *wheels(folder / "own", licences)]
-    for found in (*found_wheels, *debs(folder / "debs", distribution)):
+    base = base_image(given.base, folder / "base.tar")
+    for found in (base, *found_wheels, *debs(folder / "debs", distribution)):
         bom.components.add(found)
         bom.register_dependency(bom.metadata.component, [found])
     write_sbom(bom, folder / SBOM)

@@ -10,7 +10,7 @@ import hashlib
 import io
 import shutil
 import tarfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -55,12 +55,13 @@ def pack(bundle: Path, out: Path, *, part_bytes: int | None = None) -> list[Path
     return parts.paths
 
 
-def unpack(archive: Path, out: Path) -> None:
+def unpack(archive: Path, out: Path, check: Callable[[Path], None] | None = None) -> None:
     """Unpack what `pack` wrote, every part checked before.
 
     Args:
         archive: the name that was given to `pack`.
         out: the bundle's folder, which must not be there; made at the end, when it is whole.
+        check: raises what is wrong with the unpacked bundle, of which nothing is left then.
 
     Raises:
         IntegrityError: a part is absent or was changed, or holds what no bundle holds.
@@ -80,6 +81,8 @@ def unpack(archive: Path, out: Path) -> None:
                     _extract(tar, member, aside, archive)
             for path in sorted(aside.rglob("*")):
                 flush(path)
+            if check:
+                check(aside)
             aside.rename(out)
         except tarfile.TarError as error:
             raise IntegrityError(f"{archive} is no archive of a bundle: {error}") from None

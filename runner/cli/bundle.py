@@ -87,8 +87,7 @@ def unpack(
     """
     from runner.bundle.archive import unpack as read
 
-    read(archive, folder)
-    _check(folder, public_key)
+    read(archive, folder, lambda unpacked: _check(unpacked, public_key))
     typer.echo(f"{folder} is whole")
 
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -80,19 +80,29 @@ def inherit_guard() -> None:
         sys.addaudithook(_hook("strict" if mode == "strict" else "warn"))
 
 
-def find_fence(interfaces: list[str] | None = None) -> str:
+def find_fence(interfaces: Mapping[str, bool] | None = None) -> str:
     """What keeps native sockets in.
 
     Args:
-        interfaces: of the network; None: those of this process's namespace.
+        interfaces: of the network, and whether each is up; None: those of this process's namespace.
     """
     if interfaces is None:
-        interfaces = [name for _, name in socket.if_nameindex()]
-    # Tunnels that every new namespace is born with have no address and are down.
-    others = sorted(set(interfaces) - {"lo", *_BORN_WITH})
+        interfaces = {name: _is_up(name) for _, name in socket.if_nameindex()}
+    # Every new namespace is born with tunnels, which are down.
+    harmless = {"lo", *(name for name in _BORN_WITH if not interfaces.get(name))}
+    others = sorted(set(interfaces) - harmless)
     if not others:
         return "network namespace with loopback alone"
     return f"none: this network has {', '.join(others)}"
+
+
+def _is_up(interface: str) -> bool:
+    """Where the kernel does not tell, it may be."""
+    try:
+        flags = Path(f"/sys/class/net/{interface}/flags").read_text(encoding="ascii")
+        return bool(int(flags, 16) & 1)
+    except (OSError, ValueError):
+        return True
 
 
 _BORN_WITH = (

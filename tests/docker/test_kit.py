@@ -121,7 +121,8 @@ def test_a_clean_machine_serves_after_two_commands(kit: Path) -> None:
             up = run([there / "kit" / "airgap-kit", "up"], environment)
             assert up.returncode == 0, up.stdout + up.stderr
 
-            transport = httpx.HTTPTransport(uds=str(there / "sockets" / "shardline.sock"))
+            socket = str(there / "sockets" / "shardline.sock")
+            transport = httpx.HTTPTransport(uds=socket)
             with httpx.Client(transport=transport, base_url="http://kit", timeout=60) as client:
                 body = {"prompt": "abc", "max_tokens": 5}
                 answer = client.post("/v1/completions", json=body)
@@ -129,6 +130,39 @@ def test_a_clean_machine_serves_after_two_commands(kit: Path) -> None:
             inspect = ["docker", "inspect", "--format", "{{json .HostConfig.NetworkMode}}"]
             assert json.loads(run([*inspect, "shardline"], environment).stdout) == "none"
             run(["docker", "rm", "--force", "--volumes", "shardline"], environment)
+
+            other = there / "other"
+            command = ["compile", other, "--model", "/models/tiny", "-pp", "2", "--device", "cpu"]
+            command += ["--set", "compile.backend=inductor"]
+            made = run([there / "kit" / "airgap-kit", *command], environment)
+            assert made.returncode == 0, made.stdout + made.stderr
+            assert "inductor" in (other / "manifest.json").read_text()
+            environment |= {"BUNDLE": str(other), "NAME": "other"}
+            up = run([there / "kit" / "airgap-kit", "up"], environment)
+            assert up.returncode == 0, up.stdout + up.stderr
+            transport = httpx.HTTPTransport(uds=socket)
+            with httpx.Client(transport=transport, base_url="http://kit", timeout=60) as client:
+                answer = client.post("/v1/completions", json=body)
+            assert answer.json()["usage"]["completion_tokens"] == 5
+            run(["docker", "rm", "--force", "--volumes", "other"], environment)
+    finally:
+        subprocess.run(["rm", "-rf", there], check=False)
+
+
+def test_a_clean_machine_builds_the_image_of_a_wheelhouse(wheelhouse: Path) -> None:
+    made = subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True)
+    there = Path(made.stdout.strip())
+    try:
+        with clean_machine(there) as environment:
+            loaded = run(["docker", "load", "--input", wheelhouse / "base.tar"], environment)
+            assert loaded.returncode == 0, loaded.stderr
+            given = ["--network", "none", "--target", "runtime", "--tag", "shardline:runtime"]
+            file = wheelhouse / "docker" / "Dockerfile"
+            built = run(["docker", "build", *given, "-f", file, wheelhouse], environment)
+            assert built.returncode == 0, built.stdout + built.stderr
+            isolated = ["--network", "none", "--read-only", "--tmpfs", "/tmp:exec"]
+            told = run(["docker", "run", *isolated, "shardline:runtime", "--version"], environment)
+            assert told.returncode == 0, told.stderr
     finally:
         subprocess.run(["rm", "-rf", there], check=False)
 

@@ -53,6 +53,9 @@ def test_a_flipped_byte_in_a_bundle(runtime: str, bundle: Path, tmp_path: Path) 
     assert done.returncode == 4, done.stderr
     assert "weights/rank0.safetensors" in done.stderr
     assert "copy the bundle again, or build it: shardline compile" in done.stderr
+    # Before there were ranks, which would have said who of them found it.
+    assert "rank 0" not in done.stderr
+    assert "serving" not in done.stderr
 
 
 def test_a_missing_gpu(runtime: str, tiny: Path) -> None:

@@ -32,10 +32,12 @@ def test_the_sbom_is_valid_and_names_every_package(wheelhouse: Path) -> None:
     components = json.loads(text)["components"]
     by_digest = {c["hashes"][0]["content"]: c for c in components}
     sums = [line.split("  ") for line in (wheelhouse / "SHA256SUMS").read_text().splitlines()]
-    packages = {digest: name for digest, name in sums if name.endswith((".whl", ".deb"))}
+    packages = {
+        digest: name for digest, name in sums if name.endswith((".whl", ".deb", "/base.tar"))
+    }
     assert set(by_digest) == set(packages)
     kinds = {c["purl"].partition("/")[0] for c in components}
-    assert kinds == {"pkg:pypi", "pkg:deb"}
+    assert kinds == {"pkg:pypi", "pkg:deb", "pkg:docker"}
     torch = next(c for c in components if c["name"] == "torch")
     assert torch["licenses"]
 

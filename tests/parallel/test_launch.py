@@ -81,6 +81,23 @@ def test_ranks_get_the_environment_that_is_given(tmp_path: Path) -> None:
     assert (tmp_path / "here").exists()
 
 
+def test_ranks_talk_over_loopback_unless_the_user_says_otherwise(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What a container with `--network none` needs of NCCL and gloo."""
+    names = ["NCCL_SOCKET_IFNAME", "GLOO_SOCKET_IFNAME", "MASTER_ADDR"]
+    said = f"open({str(tmp_path / 'said')!r}, 'w').write"
+    script = f"{said}(' '.join(os.environ[name] for name in {names}))"
+    command = [sys.executable, "-c", PRELUDE + script]
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)
+    run_ranks(command, 1, describe=str)
+    assert (tmp_path / "said").read_text() == "lo lo 127.0.0.1"
+    monkeypatch.setenv("NCCL_SOCKET_IFNAME", "eth1")
+    run_ranks(command, 1, describe=str)
+    assert (tmp_path / "said").read_text() == "eth1 lo 127.0.0.1"
+
+
 def test_a_rank_that_ignores_sigterm_is_killed() -> None:
     started = time.monotonic()
     with pytest.raises(ShardlineError, match="rank 1"):

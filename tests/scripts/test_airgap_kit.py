@@ -78,6 +78,28 @@ def kit(tmp_path: Path, keys: tuple[Path, Path]) -> Kit:
     return made
 
 
+def test_a_kit_of_nothing_is_refused(kit: Kit, tmp_path: Path) -> None:
+    for given in ([], ["--model", tmp_path / "model"], ["--builder", "shardline:builder"]):
+        code, said = kit.run("build", tmp_path / "none", *given)
+        assert code == 2
+        assert "there is nothing to serve; give --bundle, or --model and --builder" in said
+    code, said = kit.run("compile", tmp_path / "bundle2", "--model", "/models/model")
+    assert code == 2
+    assert "that lies in a kit" in said
+    code, said = kit.up("", BUNDLE=str(tmp_path / "blobs"))
+    assert code == 2
+    assert "is no bundle; make one" in said
+    assert kit.told == []
+
+
+def test_the_sockets_folder_is_open_to_its_group_alone(kit: Kit) -> None:
+    assert kit.up("\ntrue healthy\n")[0] == 0
+    assert (kit.folder / "sockets").stat().st_mode & 0o777 == 0o770
+    ran = next(command for command in kit.told if command.startswith("run "))
+    user = os.getuid() or 10001
+    assert f" --user {user}:0 " in ran
+
+
 def test_links_of_a_model_are_carried_as_what_they_lead_to(kit: Kit) -> None:
     carried = kit.folder / "kit" / "models" / "model" / "model.safetensors"
     assert not carried.is_symlink()

@@ -44,8 +44,9 @@ def test_peers_of_the_job_may_be_reached() -> None:
 
 
 def test_the_fence_is_a_namespace_with_loopback_alone() -> None:
-    assert find_fence(["lo", "sit0"]) == "network namespace with loopback alone"
-    assert find_fence(["lo", "eth0"]) == "none: this network has eth0"
+    assert find_fence({"lo": True, "sit0": False}) == "network namespace with loopback alone"
+    assert find_fence({"lo": True, "sit0": True}) == "none: this network has sit0"
+    assert find_fence({"lo": True, "eth0": False}) == "none: this network has eth0"
 
 
 def guarded(
