@@ -42,8 +42,10 @@ class Doing(IntEnum):
 
     @property
     def is_waiting(self) -> bool:
-        """Whether the rank may stand still because another one does."""
-        return self in (Doing.AWAITING, Doing.RECEIVING, Doing.READING)
+        """Whether the rank may stand still because another one does: one that does not send, or
+        does not take what is sent to it.
+        """
+        return self in (Doing.AWAITING, Doing.RECEIVING, Doing.SENDING, Doing.READING)
 
     @property
     def words(self) -> str:

@@ -16,12 +16,14 @@ import torch
 from parallel.annotate import Annotate, for_nsight, for_torch, unnamed
 from parallel.collectives import broadcast_bytes
 from parallel.context import ParallelContext
-from parallel.errors import ConfigError, OutputClosedError, ShardlineError
+from parallel.errors import ConfigError, OutputClosedError, RankLostError, ShardlineError
 from parallel.faults import as_rank_error
 from parallel.launch import RankEnv
 from parallel.progress import Doing, ProgressBoard, ProgressWriter
 from runner.job import Job
+from runner.observe.gpu_condition import judge_health
 from runner.observe.numa import cores_near
+from runner.observe.nvml import read_inventory
 
 _LOG = logging.getLogger(__name__)
 
@@ -65,7 +67,7 @@ def as_rank(job: Job, env: RankEnv) -> Iterator[Phase]:
     try:
         yield phase
     except Exception as error:
-        ours = _as_ours(error, phase)
+        ours = _as_ours(error, phase, job.device_type)
         if env.world_size > 1:
             ours.rank = job.plan.topology.describe(env.rank)
         raise ours from error
@@ -162,12 +164,25 @@ def annotation(job: Job) -> Annotate:
     return for_nsight if job.device_type == "cuda" else for_torch
 
 
-def _as_ours(error: Exception, phase: Phase) -> ShardlineError:
+def _as_ours(error: Exception, phase: Phase, device_type: str) -> ShardlineError:
     if isinstance(error, ShardlineError):
         return error
     if isinstance(error, BrokenPipeError):
         return OutputClosedError("standard output was closed before the text was complete")
-    return as_rank_error(error, str(phase))
+    ours = as_rank_error(error, str(phase))
+    is_of_gpu = device_type == "cuda" and ("CUDA" in str(error) or "NCCL" in str(error))
+    if is_of_gpu and isinstance(ours, RankLostError) and (trouble := _gpu_trouble()):
+        return RankLostError(f"{ours}; {trouble}")
+    return ours
+
+
+def _gpu_trouble() -> str:
+    """What the driver says of GPUs that are lost or broken; empty: nothing."""
+    inventory = read_inventory(with_pairs=False)
+    if not inventory.gpus:
+        return f"no GPU answers any more: {inventory.reason}"
+    health = judge_health(inventory.gpus)
+    return f"{health.detail}; {health.fix}" if health.status == "error" else ""
 
 
 def _open_context(job: Job, env: RankEnv, setup_timeout_s: float | None) -> ParallelContext:

@@ -203,6 +203,15 @@ class ServeFront:
             self._metrics.finished(reason, ticket, now)
         return piece
 
+    def check_open(self) -> None:
+        """Find out, before there is any work on it, whether a request would be taken now.
+
+        Raises:
+            ApiError: 503 or 429, it would not.
+        """
+        with self._changed:
+            self._check_open()
+
     def _check_open(self) -> None:
         check_ready(self._state)
         if len(self._open) >= self._max_open:

@@ -75,6 +75,7 @@ class OpenAIRoutes:
         self._check_model(body.model)
         if body.stream_options and not body.stream:
             raise ApiError(400, "stream_options is for streams; set stream", param="stream_options")
+        self._front.check_open()
         try:
             options = body.options()
             self._maker.check(options)

@@ -1,5 +1,6 @@
 """`shardline serve` and its clients: the openai package, and some that do not behave."""
 
+import http.client
 import json
 import os
 import shutil
@@ -317,6 +318,12 @@ BAD: list[tuple[Any, str]] = [
 RAW = [b"", b"{", b"\xff\xfe", b"[" * 5000, b'{"prompt": "\\ud800"}', b'{"prompt": NaN}', b"nul"]
 RAW += [b'{"prompt": "x", "\\ud800": 1}', b'{"prompt": "x", "model": "\\ud800"}']
 RAW += [b'{"prompt": "x", "temperature": 1e999}']
+PATHS = [
+    f"{start}/{up * 12}etc/passwd"
+    for start in ("", "/v1", "/v1/models", "/assets", "/v2/models")
+    for up in ("../", "%2e%2e/", "..%2f", "..%5c")
+]
+PATHS += ["//etc/passwd", "/v1/models/%2fetc%2fpasswd", "/assets/%00", "/config.json"]
 
 
 def test_what_cannot_be_answered_is_told_in_openais_shape(server: Server) -> None:
@@ -339,10 +346,11 @@ def test_what_cannot_be_answered_is_told_in_openais_shape(server: Server) -> Non
         for method, path, status in (
             ("GET", "/nothing", 404),
             ("GET", "/v1/completions", 405),
-            ("GET", "/v1/models/../../etc/passwd", 404),
         ):
             answer = client.request(method, path)
             assert (answer.status_code, "error" in answer.json()) == (status, True)
+        for path in PATHS:
+            assert status_and_body(server.url, path) == (404, False), path
         assert client.post("/v1/completions", content=b"x" * 20001).status_code == 413
         answer = client.post("/v1/embeddings", json={"model": "tiny", "input": "x"})
         assert answer.status_code == 400
@@ -350,6 +358,16 @@ def test_what_cannot_be_answered_is_told_in_openais_shape(server: Server) -> Non
         asked = client.post("/v1/completions", json=OK | {"model": "gpt-4"})
         assert (asked.status_code, asked.json()["error"]["code"]) == (404, "model_not_found")
     assert complete(server, "alive").choices[0].finish_reason == "length"
+
+
+def status_and_body(url: str, path: str) -> tuple[int, bool]:
+    """What a client gets that sends a path as it is, and whether it is a file of this host."""
+    connection = http.client.HTTPConnection(url.removeprefix("http://"), timeout=30)
+    connection.request("GET", path)
+    answer = connection.getresponse()
+    body = answer.read()
+    connection.close()
+    return answer.status, b"root:" in body or b"max_position_embeddings" in body
 
 
 def test_a_request_that_the_model_has_no_numbers_for_fails_alone(

@@ -386,6 +386,26 @@ def test_a_loop_that_hangs_ends_the_job_and_its_requests(
     assert "rank 0 (stage 0, tp rank 0): no progress for" in said
 
 
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.full), 1])
+def test_a_rank_that_stalls_while_nobody_asks_is_named(tmp_path: Path, rank: int) -> None:
+    limits = ("server.stall_timeout_s=3", "distributed.collective_timeout_s=8")
+    options = [word for limit in limits for word in ("--set", limit)]
+    plan = plan_of(tmp_path, "Net", X)
+    with Server.start(plan, "-pp", "2", *options) as server, httpx.Client() as client:
+        assert client.get(f"{server.url}/v2/health/live").json() == {"live": True}
+        os.kill(rank_pid(str(tmp_path), rank), signal.SIGSTOP)
+        if rank > 0:
+            wait_for(lambda: client.get(f"{server.url}/health/live").status_code == 503)
+            assert f"rank {rank} (stage" in client.get(f"{server.url}/health/live").text
+            for path in ("live", "ready"):
+                answer = client.get(f"{server.url}/v2/health/{path}")
+                assert (answer.status_code, answer.json()) == (503, {path: False})
+        assert server.process.wait(40) == 9
+        said = "".join(server.said)
+    assert f"rank {rank} (stage {rank}, tp rank 0)" in said
+    assert wait_until_gone(str(tmp_path), timeout_s=5) == []
+
+
 def test_a_rank_that_dies_ends_the_job_and_its_requests(tmp_path: Path) -> None:
     plan = plan_of(tmp_path, "Net", X)
     with Server.start(plan, "-pp", "2") as server, ThreadPoolExecutor(2) as pool:

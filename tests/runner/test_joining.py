@@ -9,7 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from parallel.errors import RankLostError
+from parallel.launch import RankEnv
 from runner import joining
+from runner.observe.nvml import Gpu
 
 JOB: Any = SimpleNamespace(
     config=SimpleNamespace(kv_cache=SimpleNamespace(gpu_memory_utilization=0.4))
@@ -43,6 +46,36 @@ def other_thread() -> Iterator[int]:
     done.set()
     thread.join()
     joining._pin(before)
+
+
+@pytest.mark.parametrize(
+    ("device_type", "said", "told"),
+    [
+        ("cuda", "CUDA error: unspecified launch failure", True),
+        ("cuda", "NCCL error: unhandled cuda error", True),
+        ("cuda", "list index out of range", False),
+        ("cpu", "CUDA error: no device", False),
+    ],
+)
+def test_a_job_that_ends_for_a_lost_gpu_says_so(
+    monkeypatch: pytest.MonkeyPatch, device_type: str, said: str, told: bool
+) -> None:
+    gpus = (Gpu(0), Gpu(1, fault="GPU is lost"))
+    monkeypatch.setattr(joining, "read_inventory", lambda **_: SimpleNamespace(gpus=gpus))
+    job: Any = SimpleNamespace(device_type=device_type)
+    with pytest.raises(RankLostError) as caught, joining.as_rank(job, RankEnv(0, 1)):
+        raise RuntimeError(said)
+    assert said in str(caught.value)
+    assert ("GPU 1: GPU is lost; nvidia-smi --gpu-reset" in str(caught.value)) == told
+
+
+def test_a_container_that_lost_its_gpus_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    answer = SimpleNamespace(gpus=(), reason="Unknown Error")
+    monkeypatch.setattr(joining, "read_inventory", lambda **_: answer)
+    job: Any = SimpleNamespace(device_type="cuda")
+    with pytest.raises(RankLostError) as caught, joining.as_rank(job, RankEnv(0, 1)):
+        raise RuntimeError("CUDA error: unknown error")
+    assert "no GPU answers any more: Unknown Error" in str(caught.value)
 
 
 def test_a_rank_gets_its_share_and_all_threads_the_cores_of_its_gpu(

@@ -118,6 +118,8 @@ class TensorFront:
     def drain(self, timeout_s: float) -> None:
         """Take no more requests, and leave when those that are open are complete, or time is up."""
         with self._changed:
+            if self._state == "failed":
+                return  # The launcher ends the rank that told it of a failure.
             self._state = "draining"
             self._leave_at = time.monotonic() + timeout_s
             self._changed.notify_all()

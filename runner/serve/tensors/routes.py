@@ -8,6 +8,7 @@ from starlette.concurrency import run_in_threadpool
 
 from runner.serve.disconnect import unless_gone
 from runner.serve.errors import ApiError
+from runner.serve.health import Health
 from runner.serve.tensors.decode import decode
 from runner.serve.tensors.encode import encode
 from runner.serve.tensors.front import TensorFront
@@ -20,8 +21,11 @@ VERSION = "1"
 class TensorRoutes:
     """Answers requests about one model."""
 
-    def __init__(self, front: TensorFront, *, model: str, signature: Signature) -> None:
+    def __init__(
+        self, front: TensorFront, health: Health, *, model: str, signature: Signature
+    ) -> None:
         self._front = front
+        self._health = health
         self._model = model
         self._signature = signature
         self.router = APIRouter(prefix="/v2")
@@ -40,11 +44,11 @@ class TensorRoutes:
 
     async def live(self) -> JSONResponse:
         """Whether there is any use in waiting."""
-        return _told("live", self._front.state != "failed")
+        return _told("live", self._front.state != "failed" and not self._health.stalls())
 
     async def ready(self) -> JSONResponse:
         """Whether requests are taken."""
-        return _told("ready", self._front.state == "ready")
+        return _told("ready", self._front.state == "ready" and not self._health.stalls())
 
     async def model_ready(self, name: str, number: str = VERSION) -> JSONResponse:
         """The same of the model."""

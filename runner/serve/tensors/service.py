@@ -37,7 +37,7 @@ def tensor_service(job: GraphJob) -> Service:
         request_timeout_s=config.server.request_timeout_s,
     )
     model = _name(job)
-    routes = TensorRoutes(front, model=model, signature=Signature.of(plan))
+    routes = TensorRoutes(front, health, model=model, signature=Signature.of(plan))
     return Service(
         model,
         front,

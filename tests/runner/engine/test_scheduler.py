@@ -350,12 +350,16 @@ def test_who_waits_for_its_last_token_leaves_its_seat() -> None:
 
 
 def test_an_aborted_request_is_gone_wherever_it_was() -> None:
-    scheduler = scheduler_of(max_num_seqs=1)
+    pool = BlockPool(100, 4)
+    scheduler = scheduler_of(pool, max_num_seqs=1)
     for request_id in (1, 2, 3):
         scheduler.add(request(request_id, 2, 5))
     step(scheduler)
+    assert pool.usage > 0
     for gone in (1, 2, 2, 77):
         scheduler.abort(gone)
+    # At once, and so are the blocks of the one that ran.
+    assert pool.usage == 0
     assert step(scheduler) == [(3, 2)]
 
 

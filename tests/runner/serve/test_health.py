@@ -47,6 +47,16 @@ def test_a_rank_that_waits_for_others_is_named_after_them() -> None:
     assert [stall.rank for stall in health_of(board).stalls()] == [2, 0, 1]
 
 
+def test_who_takes_nothing_is_named_before_the_rank_that_sends_to_it() -> None:
+    """An idle one that was stopped, upon which the next empty message does not go through."""
+    board = ProgressBoard.alone(3)
+    for rank, doing in ((1, Doing.AWAITING), (2, Doing.AWAITING), (0, Doing.SENDING)):
+        board.writer(rank).enter(doing)
+        time.sleep(0.01)
+    time.sleep(0.12)
+    assert [stall.rank for stall in health_of(board).stalls()] == [1, 2, 0]
+
+
 def test_health_tells_no_later_than_the_job_ends() -> None:
     board = ProgressBoard.alone(1)
     board.writer(0).enter(Doing.COMPUTING)
