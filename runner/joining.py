@@ -16,7 +16,7 @@ import torch
 from parallel.annotate import Annotate, for_nsight, for_torch, unnamed
 from parallel.collectives import broadcast_bytes
 from parallel.context import ParallelContext
-from parallel.errors import ConfigError, OutputClosedError, RankLostError, ShardlineError
+from parallel.errors import ConfigError, OutputClosedError, ShardlineError
 from parallel.faults import as_rank_error
 from parallel.launch import RankEnv
 from parallel.progress import Doing, ProgressBoard, ProgressWriter
@@ -171,8 +171,8 @@ def _as_ours(error: Exception, phase: Phase, device_type: str) -> ShardlineError
         return OutputClosedError("standard output was closed before the text was complete")
     ours = as_rank_error(error, str(phase))
     is_of_gpu = device_type == "cuda" and ("CUDA" in str(error) or "NCCL" in str(error))
-    if is_of_gpu and isinstance(ours, RankLostError) and (trouble := _gpu_trouble()):
-        return RankLostError(f"{ours}; {trouble}")
+    if is_of_gpu and (trouble := _gpu_trouble()):
+        ours.args = (f"{ours}; {trouble}",)
     return ours
 
 
