@@ -133,7 +133,9 @@ def test_a_clean_machine_serves_after_two_commands(kit: Path) -> None:
 
             other = there / "other"
             command = ["compile", other, "--model", "/models/tiny", "-pp", "2", "--device", "cpu"]
-            command += ["--set", "compile.backend=inductor"]
+            settings = ("compile.backend=inductor", "compile.buckets=[16]")
+            settings += ("scheduler.max_num_batched_tokens=16", "scheduler.max_num_seqs=8")
+            command += [word for setting in settings for word in ("--set", setting)]
             made = run([there / "kit" / "airgap-kit", *command], environment)
             assert made.returncode == 0, made.stdout + made.stderr
             assert "inductor" in (other / "manifest.json").read_text()
