@@ -35,6 +35,14 @@ app = typer.Typer(
 )
 
 
+def _tell_version(asked: bool) -> None:
+    if asked:
+        from importlib.metadata import version
+
+        typer.echo(f"shardline {version('shardline')}")
+        raise typer.Exit
+
+
 @app.callback()
 def _global_options(
     debug: bool = typer.Option(
@@ -43,7 +51,15 @@ def _global_options(
     preflight: bool = typer.Option(
         False, "--preflight", help="Check first whether this host has what the command needs."
     ),
+    version: bool = typer.Option(
+        False,
+        "--version",
+        help="Print the version and exit.",
+        callback=_tell_version,
+        is_eager=True,
+    ),
 ) -> None:
+    del version
     if preflight:
         ask_for_preflight()
     if debug:
