@@ -29,7 +29,7 @@ from runner.items.writing import open_output_folder
 from runner.pipeline.batch_metrics import BatchMetrics, BatchSnapshot
 from runner.pipeline.batch_service import BatchService
 from runner.pipeline.batching_policy import BatchingPolicy
-from runner.pipeline.buckets import Buckets
+from runner.pipeline.buckets import Buckets, Shapes
 from runner.pipeline.check import check_sharded
 from runner.pipeline.loading import load_worker
 from runner.pipeline.offline import OfflineRun, outputs_of
@@ -202,7 +202,7 @@ def submit_all(
     buckets = Buckets.of(job.plan)
     futures = []
     for batch in batches:
-        key = tuple(tuple(tensor.shape) for tensor in batch[0])
+        key = shapes_of(batch[0])
         futures.append(pipeline.submit(buckets.choose(key, len(batch)), batch))
     return futures
 
@@ -392,6 +392,22 @@ class LoadReport:
     half: BatchSnapshot
 
 
+def shapes_of(sample: Sample) -> Shapes:
+    return tuple(tuple(tensor.shape) for tensor in sample)
+
+
+def batches_of(
+    pipeline: Pipeline, job: GraphJob
+) -> tuple[Callable[[Any, list[Sample]], Future[list[Outputs]]], int]:
+    """What runs a batch of samples of some shapes, and how many are to be under way at once."""
+    buckets = Buckets.of(job.plan)
+
+    def execute(shapes: Any, samples: list[Sample]) -> Future[list[Outputs]]:
+        return pipeline.submit(buckets.choose(shapes, len(samples)), samples)
+
+    return execute, len(job.plan.stages) + 1
+
+
 def under_load(context: ParallelContext, seconds: float) -> LoadReport | None:
     """Dynamic batching in front of a balanced model, whose batches take some milliseconds; known on
     rank 0.
@@ -403,17 +419,11 @@ def under_load(context: ParallelContext, seconds: float) -> LoadReport | None:
     )
     worker = load_worker(job, context)
     ((sample,),) = make_samples(job, [(0, 1)])
-    key = tuple(tuple(tensor.shape) for tensor in sample)
     found: list[LoadReport] = []
 
     def use(pipeline: Pipeline) -> None:
-        sizes = Buckets.of(job.plan)
-
-        def execute(_: object, samples: list[Sample]) -> Future[list[Outputs]]:
-            return pipeline.submit(sizes.choose(key, len(samples)), samples)
-
-        in_flight = len(job.plan.stages) + 1
-        load = BatchLoad(LOAD_POLICY, execute, key, sample, max_in_flight=in_flight)
+        execute, in_flight = batches_of(pipeline, job)
+        load = BatchLoad(LOAD_POLICY, execute, shapes_of(sample), sample, max_in_flight=in_flight)
         load.capacities(1)
         rates = load.capacities()
         twice, half = load.send_at(2 * rates[-1], seconds), load.send_at(0.5 * rates[0], seconds)
@@ -435,17 +445,12 @@ def mixed_stream(
     found: list[Outputs] = []
 
     def use(pipeline: Pipeline) -> None:
-        buckets = Buckets.of(job.plan)
-
-        def execute(shapes: Any, together: list[Sample]) -> Future[list[Outputs]]:
-            return pipeline.submit(buckets.choose(shapes, len(together)), together)
-
-        in_flight = len(job.plan.stages) + 1
+        execute, in_flight = batches_of(pipeline, job)
         with (
             BatchService(policy, execute, metrics, max_in_flight=in_flight) as service,
             ThreadPoolExecutor(4) as clients,
         ):
-            asked = clients.map(lambda s: service.submit(tuple(x.shape for x in s), s), samples)
+            asked = clients.map(lambda sample: service.submit(shapes_of(sample), sample), samples)
             found.extend(answer.result(60) for answer in asked)
 
     run_worker(job, worker, context, use if context.rank == 0 else None)
