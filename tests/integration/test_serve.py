@@ -19,7 +19,7 @@ import torch
 from checkpoints import add_tokenizer, load_reference, make_checkpoint, reference_logits
 from processes import held_rank, processes_naming, run_command
 from safetensors.torch import load_file, save_file
-from servers import Server
+from servers import Server, wait_for
 from streams import silent_stream
 
 from runner.text.token_bytes import bytes_of
@@ -54,13 +54,6 @@ def complete(server: Server, prompt: str, max_tokens: int = 12, **more: Any) -> 
     return server.client().completions.create(
         model="tiny", prompt=prompt, max_tokens=max_tokens, temperature=0, **more
     )
-
-
-def wait_for(condition: Any, *, seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_answers_are_those_of_generate(server: Server, model: Path) -> None:

@@ -3,7 +3,7 @@
 import os
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,7 +15,7 @@ import torch
 import yaml
 from hang import may_hang
 from processes import processes_naming, rank_pid, wait_until_gone
-from servers import Server
+from servers import Server, wait_for
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
 from tritonclient.utils import InferenceServerException
 
@@ -128,13 +128,6 @@ def net(x: np.ndarray) -> np.ndarray:
     exec(MODELS, names)
     with torch.inference_mode():
         return names["make"]("Net")(torch.from_numpy(x))["y"].numpy()
-
-
-def wait_for(condition: Callable[[], bool], *, seconds: float = 20) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
 
 
 def test_the_protocols_client_learns_what_there_is(server: Server) -> None:

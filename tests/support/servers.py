@@ -96,3 +96,11 @@ class Server:
             if time.monotonic() > deadline:
                 raise TimeoutError("".join(self.said))
             time.sleep(0.1)
+
+
+def wait_for(condition: Callable[[], bool], *, seconds: float = 20) -> None:
+    """Until it holds; that it never does is a failure."""
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
