@@ -27,6 +27,11 @@ from runner.observe.nvml import read_inventory
 
 _LOG = logging.getLogger(__name__)
 
+MOST_HOST_THREADS = 4
+"""Threads that PyTorch may use for what a rank on a GPU does on the host, such as copying samples
+into pinned memory: more are not faster, and all of them wait spinning (docs/measurements.md).
+"""
+
 _COLLECTIVE_TIMEOUT_S = {"cuda": 30.0, "cpu": 600.0}
 """A rank waits for the ranks before it, and a CPU may take minutes over a step."""
 
@@ -129,10 +134,11 @@ def confine(job: Job, context: ParallelContext) -> None:
 
     PyTorch's allocator ends where `kv_cache.gpu_memory_utilization` says, whatever it is asked for;
     what CUDA, NCCL and TensorRT take themselves comes on top. All threads run on the cores next to
-    the GPU.
+    the GPU, and PyTorch's own are few.
     """
     if context.device.type != "cuda":
         return
+    torch.set_num_threads(min(torch.get_num_threads(), MOST_HOST_THREADS))
     share = job.config.kv_cache.gpu_memory_utilization
     torch.cuda.set_per_process_memory_fraction(share, context.device)
     gpu: Any = torch.cuda.get_device_properties(context.device)  # its stub lacks the bus

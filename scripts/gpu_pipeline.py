@@ -22,6 +22,7 @@ from parallel.graph_twin import values_of  # noqa: E402
 from parallel.launch import RankEnv, adopt  # noqa: E402
 from runner.bundled import open_job  # noqa: E402
 from runner.graph_planning import GraphJob  # noqa: E402
+from runner.joining import confine  # noqa: E402
 from runner.pipeline.check import random_inputs  # noqa: E402
 from runner.pipeline.loading import load_worker  # noqa: E402
 from runner.pipeline.pipeline import Pipeline  # noqa: E402
@@ -40,6 +41,7 @@ def main(bundle: Path, result: Path) -> None:
     context = ParallelContext.open(
         job.plan.topology, adopt() or RankEnv(0, 1), device_type="cuda", init_timeout_s=600
     )
+    confine(job, context)
     worker = load_worker(job, context)
     all_gather_bytes(b"", context.setup)
     index = len(job.plan.buckets) - 1

@@ -70,8 +70,11 @@ class Check:
 
         At its time limit it is interrupted as by Ctrl-C, upon which pytest tells what has failed.
         """
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
+        environment = child_environment()
         if num_ranks > 1:
+            # As our launcher does; torchrun would give each rank one.
+            threads = len(os.sched_getaffinity(0)) // num_ranks
+            environment.setdefault("OMP_NUM_THREADS", str(threads))
             torchrun = ["-m", "torch.distributed.run", "--standalone"]
             arguments = (*torchrun, "--nproc-per-node", str(num_ranks), *arguments)
         started = time.monotonic()
@@ -110,6 +113,11 @@ class Check:
             told = "" if bar is None else f"{bar}: {'met' if bar.holds(value) else 'MISSED'}"
             lines.append(f"{subject:16} {what:46} {value:10.4g}  {told}".rstrip())
         return "\n".join(lines)
+
+
+def child_environment() -> dict[str, str]:
+    """Of a process that imports what this one does."""
+    return {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
 
 
 def environment() -> dict[str, Any]:

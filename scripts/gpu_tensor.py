@@ -26,12 +26,14 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))
 
 from gpu_profile import shares_beside_kernels  # noqa: E402
+from gpu_report import child_environment  # noqa: E402
 
 from parallel.context import ParallelContext  # noqa: E402
 from parallel.graph_twin import values_of  # noqa: E402
 from parallel.launch import RankEnv  # noqa: E402
 from runner.bundled import open_job  # noqa: E402
 from runner.graph_planning import GraphJob  # noqa: E402
+from runner.joining import MOST_HOST_THREADS  # noqa: E402
 from runner.pipeline.check import random_inputs  # noqa: E402
 from runner.pipeline.loading import load_worker  # noqa: E402
 from runner.pipeline.pipeline import Pipeline  # noqa: E402
@@ -132,17 +134,19 @@ def compile_model(
 
 def command(output: Path, name: str, plan: Path, settings: list[str], *options: str) -> int:
     """Run a command of shardline on a plan; its exit code. What it says goes into a file, its
-    standard error into one beside that.
+    standard error into one beside that; the end of which is shown where it failed.
     """
     arguments = [sys.executable, "-P", "-m", "runner", name, "--config", str(plan), *options]
     for setting in settings:
         arguments += ["--set", setting]
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path[1:]])}
-    errors = output.with_name(f"{output.name}.err")
+    environment, errors = child_environment(), output.with_name(f"{output.name}.err")
     with output.open("w") as said, errors.open("w") as complained:
-        return subprocess.run(
+        code = subprocess.run(
             arguments, cwd=ROOT, stdout=said, stderr=complained, env=environment, timeout=300
         ).returncode
+    if code:
+        print("".join(errors.read_text().splitlines(keepends=True)[-3:]), file=sys.stderr)
+    return code
 
 
 class Measurement:
@@ -154,6 +158,9 @@ class Measurement:
         assert job.bundle is not None
         self.parity: dict[str, object] = job.bundle.manifest.parity
         self._job = job
+        num_cores = len(os.sched_getaffinity(0))
+        is_cpu = device_type == "cpu"
+        torch.set_num_threads(num_cores if is_cpu else min(num_cores, MOST_HOST_THREADS))
         self._context = ParallelContext.open(
             job.plan.topology, RankEnv(0, 1), device_type=device_type
         )

@@ -131,16 +131,20 @@ def check_host(built: Host, here: Host, backends: Collection[str], *, bundle: Pa
         )
 
 
-def _versions(torch_version: str) -> dict[str, str]:
+def own_version() -> str:
+    """Raises PreflightError: shardline runs from a folder, and nothing says which version it is."""
     try:
-        own = metadata.version(DISTRIBUTION)
+        return metadata.version(DISTRIBUTION)
     except metadata.PackageNotFoundError:
         raise PreflightError(
             f"{DISTRIBUTION} is not installed, so a bundle cannot be bound to its version; "
             f"run `pip install .` in its folder"
         ) from None
+
+
+def _versions(torch_version: str) -> dict[str, str]:
     family = sorted(find_distributions(metadata.distributions()).items())
-    return {"torch": torch_version, DISTRIBUTION: own, **dict(family)}
+    return {"torch": torch_version, DISTRIBUTION: own_version(), **dict(family)}
 
 
 def _version(name: str, built: Host, here: Host, *, exact: bool) -> Difference:

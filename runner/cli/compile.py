@@ -51,15 +51,17 @@ def compile_model(
     `--set compile.backend=auto`. Starts its own ranks, or joins those that torchrun started;
     `--target` compiles all parts in one process and needs no GPU.
     """
+    from runner.bundle.host import own_version
     from runner.bundle.layout import MANIFEST
     from runner.bundle.replacement import check_target
     from runner.cli.compile_text import summary
     from runner.cli.preflight import check_model
     from runner.jobs import prepare
 
+    own_version()  # The bundle will name it: better missed now than after hours of work.
     if target is None:
         check_model(loaded, compiles=True)
-    if target is not None:
+    else:
         _check_may_target(target, loaded.config, no_run=no_run)
     job = prepare(loaded.config)
     check_target(output.resolve(), overwrite=overwrite)

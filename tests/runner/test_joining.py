@@ -106,6 +106,24 @@ def test_cores_that_are_not_allowed_are_left_alone(
     assert os.sched_getaffinity(0) == os.sched_getaffinity(other_thread) == allowed
 
 
+@pytest.mark.parametrize(("given", "left"), [(2, 2), (16, joining.MOST_HOST_THREADS)])
+def test_a_rank_on_a_gpu_keeps_few_threads_waiting(
+    monkeypatch: pytest.MonkeyPatch,
+    shares: list[tuple[float, torch.device]],
+    given: int,
+    left: int,
+) -> None:
+    del shares
+    monkeypatch.setattr(joining, "cores_near", lambda _: set())
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(given)
+        joining.confine(JOB, rank_on("cuda:0"))
+        assert torch.get_num_threads() == left
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_a_rank_on_the_cpu_is_not_confined(shares: list[tuple[float, torch.device]]) -> None:
     joining.confine(JOB, rank_on("cpu"))
     assert not shares
