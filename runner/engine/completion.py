@@ -75,8 +75,13 @@ class CompletionText:
         self._tokenizer = tokenizer
         self._num_characters = 0
 
-    def take(self, output: Output) -> bool:
-        """Add a token; returns whether a stop string ended what the engine would go on with."""
+    def take(self, output: Output) -> tuple[str, bool]:
+        """Add a token.
+
+        Returns:
+            The text that is certain by now and was not before; and whether a stop string ended what
+            the engine would go on with.
+        """
         completion = self.completion
         completion.token_ids.append(output.token_id)
         text = self._detokenizer.push(output.token_id)
@@ -91,7 +96,7 @@ class CompletionText:
             text += self._stops.flush()
         completion.text += text
         completion.finish_reason = "stop" if stopped else output.finish_reason
-        return stopped and not output.finish_reason
+        return text, stopped and not output.finish_reason
 
     def _own_length(self, output: Output, added: str) -> int:
         """How much of the text that a token added is its own: what the tokens before it had held
@@ -150,7 +155,8 @@ class BatchFront:
         check_all_chosen(outputs)
         for output in outputs:
             text = self._open[output.request_id]
-            if text.take(output):
+            _, stopped = text.take(output)
+            if stopped:
                 self._aborted.append(output.request_id)
             if text.completion.finish_reason:
                 del self._open[output.request_id]

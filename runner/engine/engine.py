@@ -119,13 +119,16 @@ class Engine:
         self._under_way.append(_UnderWay(scheduled, sequences, read))
 
     def _choose(self, output: StepOutput | None, sequences: list[Sequence]) -> Read:
-        """Let the ranks have the next token of each sequence, on the device where steps run ahead,
-        and on the host when it reads them.
+        """Let the ranks have the next token of each sequence, behind them what `pack` makes; on the
+        device where steps run ahead, and on the host when it reads them.
         """
-        chosen, count = None, len(sequences) + packed_length(sequences)
+        num_packed = packed_length(sequences)
+        chosen, count = None, len(sequences) + num_packed
         if self.context.rank == self.exchange.source:
             assert output is not None, "it is of the last stage"
-            chosen = _chosen(output, sequences)
+            chosen = sample(output.logits, output.greedy, output.last_ids, sequences)
+            if num_packed:
+                chosen = torch.cat([chosen, pack(output.logits, chosen, sequences)])
         if (latest := self.stage_runner.latest) is not None:
             message, read = self.exchange.broadcast(chosen, count)
             # What marks a failure is no token; what follows it comes to nothing.
@@ -141,11 +144,3 @@ class Engine:
         token_ids, packed = message[:num_tokens], message[num_tokens:]
         logprobs = unpack(packed, step.sampling) if packed else None
         return self.scheduler.commit(step.scheduled, token_ids, logprobs)
-
-
-def _chosen(output: StepOutput, sequences: list[Sequence]) -> torch.Tensor:
-    """The next token of each sequence; behind them their probabilities, if any asks for them."""
-    chosen = sample(output.logits, output.greedy, output.last_ids, sequences)
-    if not packed_length(sequences):
-        return chosen
-    return torch.cat([chosen, pack(output.logits, chosen, sequences)])

@@ -154,8 +154,10 @@ class OfflineFront:
         with self._leaving_on_error():
             for output in outputs:
                 text = self._open[output.request_id].text
-                if not output.failed and text.take(output):
-                    self._aborted.append(output.request_id)
+                if not output.failed:
+                    _, stopped = text.take(output)
+                    if stopped:
+                        self._aborted.append(output.request_id)
                 if output.failed or text.completion.finish_reason:
                     self._finish(output.request_id)
 

@@ -67,14 +67,12 @@ class Ticket:
             ended what the engine would go on with.
         """
         completion = self.text.completion
-        known = len(completion.text)
-        stopped = self.text.take(output)
+        text, stopped = self.text.take(output)
+        if not text and completion.finish_reason is None:
+            return None, stopped
         tokens = range(self._num_told, len(completion.logprobs))
-        piece = Piece(completion.text[known:], tokens, completion.finish_reason)
-        if piece.text or piece.is_last:
-            self._num_told = tokens.stop
-            return piece, stopped
-        return None, stopped
+        self._num_told = tokens.stop
+        return Piece(text, tokens, completion.finish_reason), stopped
 
     def put(self, piece: Piece) -> None:
         """Hand a piece to the server's thread, whatever its reader does."""
