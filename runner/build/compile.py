@@ -24,6 +24,7 @@ from runner.bundle.builder import BundleBuilder
 from runner.bundle.host import Host
 from runner.bundle.source import source_digest
 from runner.compiler.backends import Backends
+from runner.compiler.kernels import keep_kernels, watch_kernels
 from runner.job import Job
 from runner.joining import Phase, as_rank, join
 
@@ -85,6 +86,7 @@ def compile_together(
     recipe: Recipe, context: ParallelContext, destination: Destination, phase: Phase
 ) -> Outcome:
     """The same with ranks that have met already."""
+    watch_kernels(context.device)
     _begin(context, phase, "hashing the checkpoint")
     source = source_of(recipe.source_files, context.setup)
     _begin(context, phase, "opening the bundle")
@@ -162,5 +164,6 @@ def _run(
     verdict = recipe.compare(context, builder, built, backends)
     with TemporaryDirectory(prefix="shardline-caches-") as caches:
         backends.write_caches(Path(caches))
+        keep_kernels(context.device, recipe.kernels, Path(caches))
         builder.copy_caches(context.rank, Path(caches))
     return verdict

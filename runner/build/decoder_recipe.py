@@ -1,5 +1,6 @@
 """`DecoderRecipe`: how a language model becomes a bundle."""
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from runner.engine.compiled_stage import CompiledStage
 from runner.engine.kv_capacity import check_weights_fit
 from runner.engine.loading import load_artefacts, make_runner, with_backends
 from runner.engine.stage_runner import StageRunner
+from runner.models.attention_choice import DECODE_KERNEL, fit_block_size
 from runner.planning import DecoderJob
 
 
@@ -31,6 +33,10 @@ class DecoderRecipe:
     @property
     def source_files(self) -> list[Path]:
         return self.job.source_files
+
+    @property
+    def kernels(self) -> Collection[str]:
+        return (DECODE_KERNEL,)
 
     def works(self) -> list[Work]:
         job = self.job
@@ -68,7 +74,17 @@ class DecoderRecipe:
         runner = self._load(context, builder, built, backends)
         report = compare(self.job, runner)
         runner.transfer.drain()
+        if context.device.type == "cuda":
+            self._decode_once(runner)
         return report
+
+    def _decode_once(self, runner: StageRunner) -> None:
+        """Run a step of one sequence, as a start does, on all ranks together."""
+        block_size = fit_block_size(runner.stage.attend, self.job.config.kv_cache.block_size)
+        runner.allocate(1, block_size)
+        if runner.can_capture():
+            runner.capture(max_num_seqs=1, max_model_len=self.job.plan.max_model_len)
+            runner.close()
 
     def _load(
         self,

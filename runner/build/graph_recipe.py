@@ -1,7 +1,7 @@
 """`GraphRecipe`: how a tensor model becomes a bundle."""
 
 import hashlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -48,6 +48,10 @@ class GraphRecipe:
     def programs(self) -> list[list[StageProgram]]:
         """Of all ranks, by bucket."""
         return programs_of_all(self.job, device=self.traced_on)
+
+    @property
+    def kernels(self) -> Collection[str]:
+        return ()
 
     def works(self) -> list[Work]:
         """Segments are equal if their code and their shapes are: constants are weights, too."""

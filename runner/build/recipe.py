@@ -1,6 +1,6 @@
 """`Recipe`: what differs between kinds of models when they are compiled."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -44,6 +44,11 @@ class Recipe(Protocol):
         """What the weights are read from; none where they are random."""
         ...
 
+    @property
+    def kernels(self) -> Collection[str]:
+        """Names of the Triton kernels that a run launches itself, beside the artefacts."""
+        ...
+
     def works(self) -> list[Work]:
         """The segments of all ranks, each once, in one order on every rank."""
         ...
@@ -71,7 +76,9 @@ class Recipe(Protocol):
         built: list[Built],
         backends: Backends,
     ) -> Verdict:
-        """Load what was built as a run will, and judge it together with the other ranks."""
+        """Load what was built as a run will, judge it together with the other ranks, and launch
+        each of the `kernels`.
+        """
         ...
 
 

@@ -14,6 +14,7 @@ from parallel.transfer import CarryTransfer
 from runner.bundle import manifest
 from runner.bundle.bundle import Bundle
 from runner.compiler.backends import Backends
+from runner.compiler.kernels import watch_kernels
 from runner.engine.compiled_stage import Artefacts, CompiledStage
 from runner.engine.rebuilding import Artefact, build_artefacts
 from runner.engine.stage_runner import StageRunner
@@ -32,6 +33,8 @@ def load_stage(job: DecoderJob, context: ParallelContext) -> StageRunner:
         PreflightError: a backend is not usable here, and was to build what the bundle holds anew.
     """
     dtype = getattr(torch, job.plan.dtype)
+    if job.bundle:
+        watch_kernels(context.device, job.bundle.caches(context.rank))
     weights = job.weights(context.rank, dtype=dtype, device=context.device)
     runner = make_runner(job, context, weights)
     if job.bundle and job.on_mismatch != "eager":

@@ -21,7 +21,7 @@ from runner.engine.stage_runner import StageRunner
 from runner.engine.step_profile import StepProfile
 from runner.engine.token_exchange import TokenExchange
 from runner.joining import annotation, as_rank, confine, join, spare_collector
-from runner.models.attention_choice import fit_block_size, is_capturable
+from runner.models.attention_choice import fit_block_size
 from runner.planning import DecoderJob
 
 _LOG = logging.getLogger(__name__)
@@ -147,10 +147,13 @@ def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None)
     if may_run_ahead(context):
         stage_runner.keep_latest(config.scheduler.max_num_seqs)
     may_capture = context.device.type == "cuda" and not config.compile.enforce_eager
-    if stage_runner.padding and may_capture and _can_all_capture(stage_runner):
-        stage_runner.capture(
-            max_num_seqs=config.scheduler.max_num_seqs, max_model_len=job.plan.max_model_len
-        )
+    if stage_runner.padding and may_capture:
+        if stage_runner.can_capture():
+            stage_runner.capture(
+                max_num_seqs=config.scheduler.max_num_seqs, max_model_len=job.plan.max_model_len
+            )
+        else:
+            _LOG.warning("decode steps are no CUDA graphs, as their attention cannot be captured")
     scheduler = Scheduler(
         BlockPool(num_blocks, block_size),
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -167,12 +170,3 @@ def may_run_ahead(context: ParallelContext) -> bool:
     one work on other sequences meanwhile.
     """
     return context.device.type == "cuda" and context.topology.num_stages == 1
-
-
-def _can_all_capture(stage_runner: StageRunner) -> bool:
-    """Ranks capture together or not at all."""
-    is_possible = is_capturable(stage_runner.stage.attend, stage_runner.block_size)
-    if not minimum(is_possible, stage_runner.context.setup):
-        _LOG.warning("decode steps are no CUDA graphs, as their attention cannot be captured")
-        return False
-    return True

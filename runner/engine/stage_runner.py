@@ -7,13 +7,14 @@ import torch
 
 from parallel.annotate import unnamed
 from parallel.busy_clock import HostClock, StreamClock, clock_of
-from parallel.collectives import all_reduce
+from parallel.collectives import all_reduce, minimum
 from parallel.context import ParallelContext
 from parallel.progress import Doing, ProgressBoard, ProgressWriter
 from parallel.transfer import CarryTransfer
 from runner.engine.batching import Padding, StepInputs, known_ids
 from runner.engine.cuda_graphs import DecodeGraphs
 from runner.engine.sampler import choose_greedily
+from runner.models.attention_choice import is_capturable
 from runner.models.batch import Batch
 from runner.models.decoder import DecoderStage
 from runner.models.part import Execute
@@ -93,6 +94,13 @@ class StageRunner:
         `capture`.
         """
         self.latest = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.context.device)
+
+    def can_capture(self) -> bool:
+        """Whether all ranks can capture decode steps, for they do so together or not at all. All
+        must call this together, after `allocate`.
+        """
+        is_possible = is_capturable(self.stage.attend, self.block_size)
+        return bool(minimum(is_possible, self.context.setup))
 
     def capture(self, *, max_num_seqs: int, max_model_len: int) -> None:
         """Record the decode steps of up to `max_num_seqs` sequences as CUDA graphs, the largest

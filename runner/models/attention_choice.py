@@ -20,6 +20,9 @@ from runner.models.triton_driver import find_obstacle
 Decode = Literal["triton", "varlen"]
 """What decodes on a GPU."""
 
+DECODE_KERNEL = "decode_kernel"
+"""The function that Triton compiles for it."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -79,7 +82,7 @@ def choose_decode(context: ParallelContext) -> Decode:
         return "triton"
     _log.warning(
         "decoding: FlashAttention, which is slower, as Triton does not start (%s); "
-        "it needs a C compiler, or its cache from a start with one",
+        "it needs a C compiler, or a bundle that was compiled beside this Triton and Python",
         obstacle or "on another rank",
     )
     return "varlen"

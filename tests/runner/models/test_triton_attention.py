@@ -19,7 +19,7 @@ from torch.testing import assert_close
 
 from parallel.slicing import HeadShare, split_heads
 from runner.models.attention import Attention, GatherAttention
-from runner.models.attention_choice import StepAttention, make_attention
+from runner.models.attention_choice import DECODE_KERNEL, StepAttention, make_attention
 from runner.models.batch import Batch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -307,3 +307,10 @@ class TestOnGpu:
             assert_close(output.cpu().float(), expected, rtol=2e-2, atol=2e-2)
             written = cache[:, 1 : new_cache.shape[1]].cpu().float()
             assert torch.equal(written, expected_cache[:, 1:])
+
+
+@pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
+def test_bundles_keep_the_kernel_by_its_name() -> None:
+    from runner.models.decode_kernel import decode_kernel
+
+    assert decode_kernel.fn.__name__ == DECODE_KERNEL
