@@ -19,6 +19,7 @@ from runner.compiler.backends import Backends
 from runner.engine.compiled_stage import CompiledStage
 from runner.engine.kv_capacity import check_weights_fit
 from runner.engine.loading import load_artefacts, make_runner, with_backends
+from runner.engine.rank import capture_decoding
 from runner.engine.stage_runner import StageRunner
 from runner.models.attention_choice import DECODE_KERNEL, fit_block_size
 from runner.planning import DecoderJob
@@ -74,17 +75,15 @@ class DecoderRecipe:
         runner = self._load(context, builder, built, backends)
         report = compare(self.job, runner)
         runner.transfer.drain()
-        if context.device.type == "cuda":
-            self._decode_once(runner)
+        self._capture(runner)
         return report
 
-    def _decode_once(self, runner: StageRunner) -> None:
-        """Run a step of one sequence, as a start does, on all ranks together."""
+    def _capture(self, runner: StageRunner) -> None:
+        """Launch what a start launches, in all its variants; on all ranks together."""
         block_size = fit_block_size(runner.stage.attend, self.job.config.kv_cache.block_size)
         runner.allocate(1, block_size)
-        if runner.can_capture():
-            runner.capture(max_num_seqs=1, max_model_len=self.job.plan.max_model_len)
-            runner.close()
+        capture_decoding(self.job, runner)
+        runner.close()
 
     def _load(
         self,

@@ -146,14 +146,7 @@ def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None)
     stage_runner.allocate(num_blocks, block_size)
     if may_run_ahead(context):
         stage_runner.keep_latest(config.scheduler.max_num_seqs)
-    may_capture = context.device.type == "cuda" and not config.compile.enforce_eager
-    if stage_runner.padding and may_capture:
-        if stage_runner.can_capture():
-            stage_runner.capture(
-                max_num_seqs=config.scheduler.max_num_seqs, max_model_len=job.plan.max_model_len
-            )
-        else:
-            _LOG.warning("decode steps are no CUDA graphs, as their attention cannot be captured")
+    capture_decoding(job, stage_runner)
     scheduler = Scheduler(
         BlockPool(num_blocks, block_size),
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -163,6 +156,18 @@ def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None)
         rope_switch_length=job.spec.config.switch_length,
     )
     return Engine(scheduler, stage_runner, block_size, TokenExchange(context))
+
+
+def capture_decoding(job: DecoderJob, stage_runner: StageRunner) -> None:
+    """Make CUDA graphs of decode steps where they can be; all ranks together, after `allocate`."""
+    config, is_on_gpu = job.config, stage_runner.context.device.type == "cuda"
+    if not is_on_gpu or config.compile.enforce_eager or stage_runner.padding is None:
+        return
+    if stage_runner.can_capture():
+        longest = job.plan.max_model_len
+        stage_runner.capture(max_num_seqs=config.scheduler.max_num_seqs, max_model_len=longest)
+    else:
+        _LOG.warning("decode steps are no CUDA graphs, as their attention cannot be captured")
 
 
 def may_run_ahead(context: ParallelContext) -> bool:
