@@ -18,6 +18,9 @@ WAIT_BOUNDS_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0,
 
 Event = Literal["submitted", "rejected", "expired", "cancelled", "abandoned"]
 
+_LEFT = ("completed", "failed", "expired", "cancelled", "abandoned")
+"""How a request that was accepted can end."""
+
 _RECENT = 4096
 """Requests, and batches, that the percentiles look back on."""
 
@@ -114,17 +117,30 @@ class BatchMetrics:
             self._requests["failed" if has_failed else "completed"] += num_requests
             self._recent_batches.append(seconds)
 
+    @property
+    def running(self) -> int:
+        """Requests in the batches that run now."""
+        return self._running
+
+    @property
+    def queue_depth(self) -> int:
+        """Requests that wait now."""
+        with self._lock:
+            return self._depth()
+
+    def _depth(self) -> int:
+        num_left = sum(self._requests[event] for event in _LEFT)
+        return self._requests["submitted"] - num_left - self._running
+
     def snapshot(self) -> BatchSnapshot:
         with self._lock:
             requests = self._requests.copy()
             num_batches = self._sizes.total()
             num_run = sum(size * count for size, count in self._sizes.items())
             waits, batches = sorted(self._recent_waits), sorted(self._recent_batches)
-            left = ("completed", "failed", "expired", "cancelled", "abandoned")
-            num_left = sum(requests[event] for event in left)
             return BatchSnapshot(
-                **{event: requests[event] for event in ("submitted", "rejected", *left)},
-                queue_depth=requests["submitted"] - num_left - self._running,
+                **{event: requests[event] for event in ("submitted", "rejected", *_LEFT)},
+                queue_depth=self._depth(),
                 running=self._running,
                 batches=num_batches,
                 by_reason=dict(self._reasons),

@@ -1,4 +1,6 @@
-"""`Exposition`: metrics of one server in Prometheus' format. Which there are is its subclasses'."""
+"""`Exposition`: metrics of one server in Prometheus' format. Which there are, beside how requests
+ended, is its subclasses'.
+"""
 
 from collections.abc import Sequence
 
@@ -17,6 +19,9 @@ class Exposition:
 
     def __init__(self) -> None:
         self._registry = CollectorRegistry()
+        self._finished = self._counter(
+            "request_success", "Requests by why they ended.", "finished_reason"
+        )
 
     def text(self) -> bytes:
         """All of them."""
@@ -39,6 +44,13 @@ class Exposition:
 
     def _gauge(self, name: str, says: str) -> Gauge:
         return Gauge(f"{PREFIX}_{name}", says, registry=self._registry)
+
+    def ended(self) -> dict[str, int]:
+        """Requests so far by why they ended."""
+        samples = [s for metric in self._finished.collect() for s in metric.samples]
+        return {
+            s.labels["finished_reason"]: int(s.value) for s in samples if s.name.endswith("_total")
+        }
 
     def _counter(self, name: str, says: str, *labels: str) -> Counter:
         return Counter(f"{PREFIX}_{name}", says, labels, registry=self._registry)

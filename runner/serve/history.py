@@ -1,14 +1,15 @@
-"""`History`: what the server did in the last minutes, in slots of some seconds, for its page.
+"""`History`: what a server did in the last minutes, in slots of some seconds, for its page.
 
-Written by the engine's thread, read by the server's. Not here: totals since the start (`Metrics`).
+Written by the threads that work, read by the server's. Not here: totals since the start, which are
+the metrics'; and what is kept of a tensor model (`runner.serve.tensors.history`).
 """
 
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from threading import Lock
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 from runner.engine.scheduler import Load
 
@@ -32,48 +33,31 @@ class Times:
 
 @dataclass
 class Slot:
-    """What happened in some seconds; of gauges the highest value.
+    """What happened in some seconds, whatever the model is; of gauges the highest value.
 
     Attributes:
         number: seconds of `time.monotonic` in slots.
+        failed: requests that were not answered.
+        end_to_end: from a request's arrival to the end of its answer.
     """
 
     number: int
-    tokens: int = 0
     failed: int = 0
     running: int = 0
     waiting: int = 0
-    cache_usage: float = 0.0
-    first_token: Times = field(default_factory=Times)
-    inter_token: Times = field(default_factory=Times)
     end_to_end: Times = field(default_factory=Times)
 
 
-class History:
+S = TypeVar("S", bound=Slot)
+
+
+class History(Generic[S]):
     """The last ten minutes."""
 
-    def __init__(self) -> None:
+    def __init__(self, make_slot: Callable[[int], S]) -> None:
+        self._make_slot = make_slot
+        self._slots: deque[S] = deque(maxlen=NUM_SLOTS)
         self._lock = Lock()
-        self._slots: deque[Slot] = deque(maxlen=NUM_SLOTS)
-        self._load: Load | None = None
-        self._moved_at: float | None = None
-
-    def show(self, load: Load) -> None:
-        """How busy the engine is before a step."""
-        with self._lock:
-            slot = self._slot()
-            slot.running = max(slot.running, load.num_running)
-            slot.waiting = max(slot.waiting, load.num_waiting)
-            slot.cache_usage = max(slot.cache_usage, load.cache_usage)
-            self._load, self._moved_at = load, time.monotonic()
-
-    def tokens(self, first_s: Sequence[float], inter_s: Sequence[float]) -> None:
-        """Requests have got tokens, so long after they came or after the tokens before."""
-        with self._lock:
-            slot = self._slot()
-            slot.tokens += len(first_s) + len(inter_s)
-            slot.first_token.add(first_s)
-            slot.inter_token.add(inter_s)
 
     def finished(self, seconds: float) -> None:
         """A request has been answered, so long after it came."""
@@ -88,24 +72,57 @@ class History:
     def told(self) -> dict[str, Any]:
         """As JSON has it; slots in which nothing happened are left out."""
         with self._lock:
-            now = time.monotonic()
-            current = int(now // SLOT_S)
+            current = int(time.monotonic() // SLOT_S)
             first = current - NUM_SLOTS
             slots = [
                 asdict(s) | {"slots_ago": current - s.number}
                 for s in self._slots
                 if s.number > first
             ]
-            return {
-                "load": self._load and asdict(self._load),
-                "idle_s": None if self._moved_at is None else round(now - self._moved_at, 1),
-                "slot_s": SLOT_S,
-                "num_slots": NUM_SLOTS,
-                "slots": slots,
-            }
+        return {"slot_s": SLOT_S, "num_slots": NUM_SLOTS, "slots": slots}
 
-    def _slot(self) -> Slot:
+    def _slot(self) -> S:
+        """Of this moment; to be asked for under the lock."""
         number = int(time.monotonic() // SLOT_S)
         if not self._slots or self._slots[-1].number != number:
-            self._slots.append(Slot(number))
+            self._slots.append(self._make_slot(number))
         return self._slots[-1]
+
+
+@dataclass
+class TokenSlot(Slot):
+    """Of a language model."""
+
+    tokens: int = 0
+    cache_usage: float = 0.0
+    first_token: Times = field(default_factory=Times)
+    inter_token: Times = field(default_factory=Times)
+
+
+class TokenHistory(History[TokenSlot]):
+    """Of a language model; and how busy it is now."""
+
+    def __init__(self) -> None:
+        super().__init__(TokenSlot)
+        self._load: Load | None = None
+
+    def show(self, load: Load) -> None:
+        """How busy the engine is before a step."""
+        with self._lock:
+            slot = self._slot()
+            slot.running = max(slot.running, load.num_running)
+            slot.waiting = max(slot.waiting, load.num_waiting)
+            slot.cache_usage = max(slot.cache_usage, load.cache_usage)
+            self._load = load
+
+    def tokens(self, first_s: Sequence[float], inter_s: Sequence[float]) -> None:
+        """Requests have got tokens, so long after they came or after the tokens before."""
+        with self._lock:
+            slot = self._slot()
+            slot.tokens += len(first_s) + len(inter_s)
+            slot.first_token.add(first_s)
+            slot.inter_token.add(inter_s)
+
+    def told(self) -> dict[str, Any]:
+        """See `History`."""
+        return super().told() | {"load": self._load and asdict(self._load)}

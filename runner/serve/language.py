@@ -1,20 +1,17 @@
 """The service of a language model: OpenAI's API before the engine."""
 
+from runner.drawing.plan_svg import draw
 from runner.engine.rank import run_rank
 from runner.engine.request_maker import RequestMaker
-from runner.observe.gpu_monitor import GpuMonitor
 from runner.planning import DecoderJob
 from runner.serve.bodies import ChatRequest, CompletionRequest
 from runner.serve.errors import ApiError
 from runner.serve.front import ServeFront
-from runner.serve.gpu_metrics import GpuMetrics
-from runner.serve.health import Health
 from runner.serve.metrics import Metrics
 from runner.serve.openai_api import OpenAIRoutes
 from runner.serve.page import page_router
-from runner.serve.rank_metrics import RankMetrics
 from runner.serve.service import Service
-from runner.serve.status_api import StatusRoutes
+from runner.serve.status_api import Observed, StatusRoutes
 
 
 def language_service(job: DecoderJob) -> Service:
@@ -31,20 +28,24 @@ def language_service(job: DecoderJob) -> Service:
     )
     model = _name(job)
     routes = OpenAIRoutes(front, maker, model=model, vocab_size=job.spec.config.vocab_size)
-    monitor = GpuMonitor()
-    gpus = GpuMetrics(monitor, job.plan.topology.devices if job.device_type == "cuda" else ())
-    metrics.add(gpus)
-    health = Health.of(job)
-    metrics.add(RankMetrics(health, job.plan.topology))
-    status = StatusRoutes(job, front, metrics, monitor, gpus, health, model=model)
+    observed = Observed.of(job, metrics)
+    status = StatusRoutes(
+        job,
+        front,
+        metrics,
+        observed,
+        model=model,
+        kind="language",
+        draw=lambda: draw(job.plan),
+    )
     return Service(
         model,
         front,
         (routes.router, page_router(), status.router),
         metrics,
-        health,
+        observed.health,
         ApiError.body,
-        run=lambda env: run_rank(job, env, front, show=health.show),
+        run=lambda env: run_rank(job, env, front, show=observed.health.show),
         bodies=(ChatRequest, CompletionRequest),
     )
 

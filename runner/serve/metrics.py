@@ -4,23 +4,20 @@ Written by the engine's thread, read by the server's.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 from runner.engine.scheduler import Load, StepSummary
 from runner.serve.exposition import Exposition
-from runner.serve.history import History
+from runner.serve.history import TokenHistory
 from runner.serve.ticket import Ticket
 
 
 class Metrics(Exposition):
-    """Of a server of a language model.
-
-    Attributes:
-        history: the last minutes of it, for the page.
-    """
+    """Of a server of a language model."""
 
     def __init__(self) -> None:
         super().__init__()
-        self.history = History()
+        self._history = TokenHistory()
         self._first_token = self._seconds("time_to_first_token", "From arrival to the first token.")
         self._inter_token = self._seconds("inter_token_latency", "From one token to the next.")
         self._queued = self._seconds("request_queue_time", "From arrival to the first step.")
@@ -36,16 +33,10 @@ class Metrics(Exposition):
         self._prefix_hits = self._gauge("prefix_cache_hits", "Prompt tokens that were known.")
         self._prompt = self._counter("prompt_tokens", "Tokens of finished requests' prompts.")
         self._generated = self._counter("generation_tokens", "Tokens generated.")
-        self._finished = self._counter(
-            "request_success", "Requests by why they ended.", "finished_reason"
-        )
 
-    def ended(self) -> dict[str, int]:
-        """Requests so far by why they ended."""
-        samples = [s for metric in self._finished.collect() for s in metric.samples]
-        return {
-            s.labels["finished_reason"]: int(s.value) for s in samples if s.name.endswith("_total")
-        }
+    def recent(self) -> dict[str, Any]:
+        """See `runner.serve.status_api.Told`."""
+        return self._history.told()
 
     def show(self, load: Load) -> None:
         """How busy the engine is before a step."""
@@ -55,7 +46,7 @@ class Metrics(Exposition):
         self._preempted.set(load.num_preempted)
         self._prefix_tokens.set(load.prompt_tokens)
         self._prefix_hits.set(load.cached_tokens)
-        self.history.show(load)
+        self._history.show(load)
 
     def step(self, step: StepSummary) -> None:
         """A step has been made."""
@@ -79,7 +70,7 @@ class Metrics(Exposition):
             self._first_token.observe(seconds)
         for seconds in inter_s:
             self._inter_token.observe(seconds)
-        self.history.tokens(first_s, inter_s)
+        self._history.tokens(first_s, inter_s)
 
     def finished(self, reason: str, ticket: Ticket | None = None, now: float = 0.0) -> None:
         """A request has ended.
@@ -90,7 +81,7 @@ class Metrics(Exposition):
         self._finished.labels(finished_reason=reason).inc()
         if ticket:
             self._end_to_end.observe(now - ticket.arrived)
-            self.history.finished(now - ticket.arrived)
+            self._history.finished(now - ticket.arrived)
             self._prompt.inc(len(ticket.completion.request.prompt_ids))
         elif reason != "cancelled":
-            self.history.failed()
+            self._history.failed()

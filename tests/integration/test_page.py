@@ -2,12 +2,21 @@
 
 import shutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 
 import httpx
 import pytest
+import yaml
 from checkpoints import add_tokenizer, make_checkpoint
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from servers import Server
+
+NET = """
+from torch import nn
+
+def make():
+    return nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+"""
 
 CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
 
@@ -28,6 +37,30 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     key.write_text("secret")
     cut = ["-pp", "2", "--set", f"server.api_key_file={key}"]
     with Server.start(add_tokenizer(folder), *cut) as server:
+        yield server
+
+
+@pytest.fixture(scope="module")
+def tensor_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """Two stages."""
+    folder = tmp_path_factory.mktemp("net")
+    (folder / "shown_model.py").write_text(NET)
+    plan = {
+        "version": 1,
+        "model": {
+            "path": str(folder),
+            "factory": "shown_model:make",
+            "factory_path": str(folder),
+            "load_format": "dummy",
+            "inputs": [{"name": "x", "shape": ["batch", 4]}],
+        },
+        "parallel": {"pipeline_parallel_size": 2},
+        "security": {"factories": ["shown_model:make"]},
+        "scheduler": {"max_batch_size": 8},
+        "server": {"model_name": "net"},
+    }
+    (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
+    with Server.start(folder / "plan.yaml") as server:
         yield server
 
 
@@ -55,10 +88,9 @@ def test_the_page_needs_no_key_and_its_data_do(server: Server) -> None:
     assert status["gpus"] == {"reason": "the ranks run on the CPU", "by_rank": {}}
 
 
-@needs_browser
-def test_an_operator_unlocks_the_page_and_streams_an_answer(
-    server: Server, browser: Browser
-) -> None:
+@contextmanager
+def opened(server: Server, browser: Browser) -> Iterator[Page]:
+    """Its page, which asks nobody else and has no faults."""
     page: Page = browser.new_page()
     asked: list[str] = []
     faults: list[str] = []
@@ -70,15 +102,36 @@ def test_an_operator_unlocks_the_page_and_streams_an_answer(
         lambda said: said.type == "error" and "401" not in said.text and faults.append(said.text),
     )
     page.goto(server.url)
+    yield page
+    own = (server.url, "blob:", "data:")
+    assert [url for url in asked if not url.startswith(own)] == []
+    assert faults == []
+    page.close()
+
+
+def expect_plan(page: Page) -> None:
+    """The drawing is there, and is one."""
+    expect(page.locator("#plan")).to_be_visible()
+    assert page.locator("#plan").evaluate(
+        "async (image) => (await image.decode(), image.naturalWidth)"
+    )
+
+
+@needs_browser
+def test_an_operator_unlocks_the_page_and_streams_an_answer(
+    server: Server, browser: Browser
+) -> None:
+    with opened(server, browser) as page:
+        unlock_and_stream(page)
+
+
+def unlock_and_stream(page: Page) -> None:
     page.locator("#key").fill("secret")
     page.get_by_role("button", name="Unlock").click()
     expect(page.locator("#state")).to_have_text("ready")
     expect(page.locator("#ranks tr")).to_have_count(2)
     expect(page.locator("#gpu-note")).to_contain_text("the ranks run on the CPU")
-    expect(page.locator("#plan")).to_be_visible()
-    assert page.locator("#plan").evaluate(
-        "async (image) => (await image.decode(), image.naturalWidth)"
-    )
+    expect_plan(page)
     page.locator("#kind").select_option("text")
     page.locator("#max-tokens").fill("400")
     page.locator("#prompt").fill("<b>hello</b>")
@@ -91,7 +144,26 @@ def test_an_operator_unlocks_the_page_and_streams_an_answer(
     assert len(page.locator("#answer").inner_text()) > length
     assert page.locator("#answer *").count() == 0
     expect(page.locator("#charts figure")).to_have_count(8)
-    own = (server.url, "blob:", "data:")
-    assert [url for url in asked if not url.startswith(own)] == []
-    assert faults == []
-    page.close()
+
+
+@needs_browser
+def test_the_page_of_a_tensor_model_shows_batches_and_no_prompt(
+    tensor_server: Server, browser: Browser
+) -> None:
+    infer = {
+        "inputs": [{"name": "x", "shape": [3, 4], "datatype": "FP32", "data": [0.5] * 12}],
+    }
+    with opened(tensor_server, browser) as page:
+        expect(page.locator("#state")).to_have_text("ready")
+        answer = httpx.post(f"{tensor_server.url}/v2/models/net/infer", json=infer)
+        assert answer.status_code == 200, answer.text
+        expect(page.locator("#ended")).to_contain_text("completed")
+        expect(page.locator("#figures")).to_contain_text("Samples waiting")
+        expect(page.locator("#ranks tr")).to_have_count(2)
+        expect(page.locator("#charts figure")).to_have_count(8)
+        expect(page.locator("#charts")).to_contain_text("Wait for a batch")
+        # Of the slot that is over, so some seconds later.
+        mean = page.locator("#charts figure", has_text="Samples of a batch").locator("b")
+        expect(mean).to_have_text("3.0", timeout=15_000)
+        expect(page.locator("#prompt")).to_be_hidden()
+        expect_plan(page)

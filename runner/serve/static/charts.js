@@ -1,31 +1,13 @@
 // What happened in the last minutes, a small line chart for each figure.
 
-import { byId, element, seconds, svg } from "/static/elements.js";
+import { byId, element, svg } from "/static/elements.js";
 
 const WIDTH = 300;
 const HEIGHT = 84;
 
-const mean = (times) => (times.count ? times.total_s / times.count : null);
-const highest = (times) => (times.count ? times.max_s : null);
-const number = (value) => (value === null ? "-" : value.toFixed(value < 10 ? 1 : 0));
-const count = (value) => (value === null ? "-" : String(value));
-const percent = (value) => (value === null ? "-" : `${(value * 100).toFixed(1)} %`);
-
-// `value` is null where a slot had none; `empty` stands for a slot in which nothing happened.
-const CHARTS = [
-  { title: "Tokens a second", value: (slot, status) => slot.tokens / status.slot_s, empty: 0, show: number },
-  { title: "Requests in the batch", value: (slot) => slot.running, empty: 0, show: count },
-  { title: "Requests waiting", value: (slot) => slot.waiting, empty: 0, show: count },
-  { title: "KV cache in use", value: (slot) => slot.cache_usage, empty: 0, show: percent },
-  { title: "Time to first token", value: (slot) => mean(slot.first_token), second: (slot) => highest(slot.first_token), empty: null, show: seconds },
-  { title: "Between tokens", value: (slot) => mean(slot.inter_token), second: (slot) => highest(slot.inter_token), empty: null, show: seconds },
-  { title: "Whole request", value: (slot) => mean(slot.end_to_end), second: (slot) => highest(slot.end_to_end), empty: null, show: seconds },
-  { title: "Requests that failed", value: (slot) => slot.failed, empty: 0, show: count },
-];
-
-export function showCharts(status) {
+export function showCharts(status, charts) {
   const bySlot = new Map(status.slots.map((slot) => [slot.slots_ago, slot]));
-  byId("charts").replaceChildren(...CHARTS.map((chart) => draw(chart, bySlot, status)));
+  byId("charts").replaceChildren(...charts.map((chart) => draw(chart, bySlot, status)));
 }
 
 function draw(chart, bySlot, status) {

@@ -2,6 +2,7 @@
 
 import { showCharts } from "/static/charts.js";
 import { byId, element } from "/static/elements.js";
+import { KINDS } from "/static/kinds.js";
 import { watchPrompt } from "/static/prompt.js";
 import { showRanks } from "/static/ranks.js";
 import { ask, NoKey, setKey } from "/static/server.js";
@@ -25,27 +26,15 @@ function show(status) {
   setState(status.state);
   byId("model").textContent = status.model;
   document.title = `${status.model}: ${status.state}`;
-  const moved = status.idle_s === null ? "loading" : `engine moved ${status.idle_s.toFixed(1)} s ago`;
+  const moved = status.idle_s === null ? "loading" : `ranks moved ${status.idle_s.toFixed(1)} s ago`;
   byId("facts").textContent = `up ${duration(status.uptime_s)}, ${moved}`;
-  byId("figures").replaceChildren(...figures(status).map(([name, value]) => figure(name, value)));
-  showCharts(status);
+  const kind = KINDS[status.kind];
+  byId("figures").replaceChildren(...kind.figures(status).map(([name, value]) => figure(name, value)));
+  byId("try-section").hidden = !kind.hasPrompt;
+  showCharts(status, kind.charts);
   showRanks(status);
   byId("ended").replaceChildren(...Object.entries(status.requests).map(ended));
   if (!byId("ended").childElementCount) byId("ended").textContent = "none yet";
-}
-
-function figures(status) {
-  const load = status.load ?? { num_running: 0, num_waiting: 0, cache_usage: 0, num_preempted: 0, prompt_tokens: 0, cached_tokens: 0 };
-  const last = status.slots.find((slot) => slot.slots_ago === 1);
-  const reused = load.prompt_tokens ? `${((100 * load.cached_tokens) / load.prompt_tokens).toFixed(0)} %` : "-";
-  return [
-    ["In the batch", `${load.num_running} of ${status.max_num_seqs}`],
-    ["Waiting", `${load.num_waiting} of ${status.max_queue_size}`],
-    ["Tokens a second", ((last?.tokens ?? 0) / status.slot_s).toFixed(1)],
-    ["KV cache in use", `${(load.cache_usage * 100).toFixed(1)} %`],
-    ["Prompt reused", reused],
-    ["Gave way", load.num_preempted],
-  ];
 }
 
 function figure(name, value) {

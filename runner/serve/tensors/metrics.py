@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import accumulate
+from typing import Any
 
 from prometheus_client.core import (
     CounterMetricFamily,
@@ -14,6 +15,7 @@ from prometheus_client.registry import Collector
 
 from runner.pipeline.batch_metrics import WAIT_BOUNDS_S, BatchMetrics
 from runner.serve.exposition import PREFIX, Exposition
+from runner.serve.tensors.history import BatchHistory
 
 
 class TensorMetrics(Exposition):
@@ -25,11 +27,9 @@ class TensorMetrics(Exposition):
 
     def __init__(self) -> None:
         super().__init__()
-        self.batches = BatchMetrics()
+        self._history = BatchHistory()
+        self.batches = self._history.batches
         self._end_to_end = self._seconds("e2e_request_latency", "From arrival to the outputs.")
-        self._finished = self._counter(
-            "request_success", "Requests by why they ended.", "finished_reason"
-        )
         self._registry.register(_Batches(self.batches))
 
     def finished(self, reason: str, seconds: float | None = None) -> None:
@@ -41,6 +41,13 @@ class TensorMetrics(Exposition):
         self._finished.labels(finished_reason=reason).inc()
         if seconds is not None:
             self._end_to_end.observe(seconds)
+            self._history.finished(seconds)
+        elif reason != "cancelled":
+            self._history.failed()
+
+    def recent(self) -> dict[str, Any]:
+        """See `runner.serve.status_api.Told`."""
+        return self._history.told()
 
 
 class _Batches(Collector):

@@ -6,16 +6,15 @@ from pathlib import Path
 import torch
 
 from parallel.errors import ConfigError
+from runner.drawing.graph_plan_svg import draw_graph
 from runner.graph_planning import GraphJob
-from runner.observe.gpu_monitor import GpuMonitor
 from runner.pipeline.batching_policy import BatchingPolicy
 from runner.pipeline.buckets import Buckets
 from runner.pipeline.rank import run_graph_rank
 from runner.serve.errors import ApiError
-from runner.serve.gpu_metrics import GpuMetrics
-from runner.serve.health import Health
-from runner.serve.rank_metrics import RankMetrics
+from runner.serve.page import page_router
 from runner.serve.service import Service
+from runner.serve.status_api import Observed, StatusRoutes
 from runner.serve.tensors.front import TensorFront
 from runner.serve.tensors.metrics import TensorMetrics
 from runner.serve.tensors.routes import TensorRoutes
@@ -26,10 +25,7 @@ def tensor_service(job: GraphJob) -> Service:
     """Raises ConfigError: a limit that no request could keep, or an output that no answer holds."""
     config, plan, metrics = job.config, job.plan, TensorMetrics()
     _check_limit(job)
-    devices = plan.topology.devices if job.device_type == "cuda" else ()
-    metrics.add(GpuMetrics(GpuMonitor(), devices))
-    health = Health.of(job)
-    metrics.add(RankMetrics(health, plan.topology))
+    observed = Observed.of(job, metrics)
     front = TensorFront(
         plan,
         BatchingPolicy.of(config.scheduler, is_batched=plan.is_batched),
@@ -37,15 +33,24 @@ def tensor_service(job: GraphJob) -> Service:
         request_timeout_s=config.server.request_timeout_s,
     )
     model = _name(job)
-    routes = TensorRoutes(front, health, model=model, signature=Signature.of(plan))
+    routes = TensorRoutes(front, observed.health, model=model, signature=Signature.of(plan))
+    status = StatusRoutes(
+        job,
+        front,
+        metrics,
+        observed,
+        model=model,
+        kind="tensor",
+        draw=lambda: draw_graph(plan),
+    )
     return Service(
         model,
         front,
-        (routes.router,),
+        (routes.router, page_router(), status.router),
         metrics,
-        health,
+        observed.health,
         ApiError.short_body,
-        run=lambda env: run_graph_rank(job, env, front.use, show=health.show),
+        run=lambda env: run_graph_rank(job, env, front.use, show=observed.health.show),
     )
 
 

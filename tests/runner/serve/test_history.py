@@ -3,21 +3,35 @@
 import pytest
 
 from runner.engine.scheduler import Load
+from runner.pipeline.bucket_queue import CutReason
 from runner.serve import history
-from runner.serve.history import NUM_SLOTS, SLOT_S, History
+from runner.serve.history import NUM_SLOTS, SLOT_S, TokenHistory
+from runner.serve.tensors.history import BatchHistory
 
 
-def test_slots_hold_sums_and_highest_values_and_grow_old(monkeypatch: pytest.MonkeyPatch) -> None:
+class Clock:
     now = 1000.0
-    monkeypatch.setattr(history.time, "monotonic", lambda: now)
-    kept = History()
+
+    def monotonic(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
+    clock = Clock()
+    monkeypatch.setattr(history, "time", clock)
+    return clock
+
+
+def test_slots_hold_sums_and_highest_values_and_grow_old(clock: Clock) -> None:
+    kept = TokenHistory()
     assert (kept.told()["load"], kept.told()["slots"]) == (None, [])
     kept.show(Load(3, 2, 0.5, 0, 10, 4))
     kept.show(Load(1, 0, 0.25, 0, 10, 4))
     kept.tokens([0.5], [0.1])
     kept.tokens([], [0.3])
     kept.finished(0.9)
-    now += SLOT_S
+    clock.now += SLOT_S
     kept.failed()
     told = kept.told()
     older, newer = told["slots"]
@@ -31,6 +45,25 @@ def test_slots_hold_sums_and_highest_values_and_grow_old(monkeypatch: pytest.Mon
     assert older["inter_token"] == {"count": 2, "total_s": pytest.approx(0.4), "max_s": 0.3}
     assert older["first_token"]["count"] == older["end_to_end"]["count"] == 1
     assert (older["failed"], newer["failed"]) == (0, 1)
-    assert (told["load"]["num_running"], told["idle_s"]) == (1, SLOT_S)
-    now += SLOT_S * NUM_SLOTS
+    assert told["load"]["num_running"] == 1
+    clock.now += SLOT_S * NUM_SLOTS
     assert kept.told()["slots"] == []
+
+
+def test_batches_are_told_by_what_batching_counts(clock: Clock) -> None:
+    kept = BatchHistory()
+    batches = kept.batches
+    for _ in range(5):
+        batches.count("submitted")
+    assert kept.told()["load"] == {"num_running": 0, "num_waiting": 5}
+    batches.batch_started(CutReason.FULL, [0.25, 0.75, 0.5])
+    assert kept.told()["load"] == {"num_running": 3, "num_waiting": 2}
+    clock.now += SLOT_S
+    batches.batch_finished(3, 2.0, has_failed=False)
+    assert kept.told()["load"] == {"num_running": 0, "num_waiting": 2}
+    started, ended = kept.told()["slots"]
+    assert (started["batches"], started["samples"]) == (1, 3)
+    assert (started["running"], started["waiting"]) == (3, 5)
+    assert started["wait"] == {"count": 3, "total_s": 1.5, "max_s": 0.75}
+    assert started["batch"]["count"] == 0
+    assert (ended["batches"], ended["batch"]["max_s"]) == (0, 2.0)
