@@ -16,7 +16,7 @@ class KernelCache(FileCacheManager):  # type: ignore[misc]  # Triton has no type
     capability.
 
     Attributes:
-        brought: has a folder for each key, which is looked for there first; None: nothing is there.
+        brought: has a folder for each key that is looked for there first; None: there is none.
         used: the folders of all keys that were asked for.
     """
 
@@ -32,10 +32,13 @@ class KernelCache(FileCacheManager):  # type: ignore[misc]  # Triton has no type
 
     def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
         brought = self.brought / key if self.brought else None
+        if override or dump:  # What its user is about to change, or to look at.
+            super().__init__(key, override, dump)
+            return
         if brought and brought.is_dir():
             self.key, self.cache_dir, self.lock_path = key, str(brought), None
         else:
-            super().__init__(key, override, dump)
+            super().__init__(key)
         self.used.add(Path(self.cache_dir))
 
     def get_group(self, filename: str) -> dict[str, str] | None:

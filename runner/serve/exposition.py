@@ -27,6 +27,13 @@ class Exposition:
         """All of them."""
         return generate_latest(self._registry)
 
+    def ended(self) -> dict[str, int]:
+        """Requests so far by why they ended."""
+        samples = [s for metric in self._finished.collect() for s in metric.samples]
+        return {
+            s.labels["finished_reason"]: int(s.value) for s in samples if s.name.endswith("_total")
+        }
+
     def add(self, collector: Collector) -> None:
         """Tell what `collector` reads, too."""
         self._registry.register(collector)
@@ -44,13 +51,6 @@ class Exposition:
 
     def _gauge(self, name: str, says: str) -> Gauge:
         return Gauge(f"{PREFIX}_{name}", says, registry=self._registry)
-
-    def ended(self) -> dict[str, int]:
-        """Requests so far by why they ended."""
-        samples = [s for metric in self._finished.collect() for s in metric.samples]
-        return {
-            s.labels["finished_reason"]: int(s.value) for s in samples if s.name.endswith("_total")
-        }
 
     def _counter(self, name: str, says: str, *labels: str) -> Counter:
         return Counter(f"{PREFIX}_{name}", says, labels, registry=self._registry)
