@@ -73,7 +73,7 @@ class Check:
         environment = child_environment()
         if num_ranks > 1:
             # As our launcher does; torchrun would give each rank one.
-            threads = len(os.sched_getaffinity(0)) // num_ranks
+            threads = max(1, len(os.sched_getaffinity(0)) // num_ranks)
             environment.setdefault("OMP_NUM_THREADS", str(threads))
             torchrun = ["-m", "torch.distributed.run", "--standalone"]
             arguments = (*torchrun, "--nproc-per-node", str(num_ranks), *arguments)

@@ -19,9 +19,9 @@ from runner.compiler.backends import Backends
 from runner.engine.compiled_stage import CompiledStage
 from runner.engine.kv_capacity import check_weights_fit
 from runner.engine.loading import load_artefacts, make_runner, with_backends
-from runner.engine.rank import capture_decoding
+from runner.engine.rank import capture_decoding, fit_blocks
 from runner.engine.stage_runner import StageRunner
-from runner.models.attention_choice import DECODE_KERNEL, fit_block_size
+from runner.models.attention_choice import DECODE_KERNEL
 from runner.planning import DecoderJob
 
 
@@ -80,8 +80,7 @@ class DecoderRecipe:
 
     def _capture(self, runner: StageRunner) -> None:
         """Launch what a start launches, in all its variants; on all ranks together."""
-        block_size = fit_block_size(runner.stage.attend, self.job.config.kv_cache.block_size)
-        runner.allocate(1, block_size)
+        runner.allocate(1, fit_blocks(self.job, runner))
         capture_decoding(self.job, runner)
         runner.close()
 

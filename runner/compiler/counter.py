@@ -1,7 +1,8 @@
 """How often this process compiled anything: the proof that a bundle runs without a compiler.
 
-Sums what PyTorch counts by itself (dynamo's frames, inductor's graphs), what Triton tells its hook,
-and what our own backends report. `count_compilations` is 0 in a process that only loads artefacts.
+Sums what PyTorch counts by itself (dynamo's frames, inductor's graphs), what Triton tells of each
+kernel, and what our own backends report. `count_compilations` is 0 in a process that only loads
+artefacts.
 """
 
 import sys
@@ -11,7 +12,7 @@ from contextlib import contextmanager
 from typing import Any
 
 _ours: Counter[str] = Counter()
-_triton_hooked = False
+_is_triton_watched = False
 
 
 @contextmanager
@@ -22,22 +23,25 @@ def counted(kind: str) -> Iterator[None]:
 
 
 def watch_triton() -> None:
-    """Count Triton's kernels from now on; without Triton there are none."""
-    global _triton_hooked
-    if _triton_hooked:
+    """Count the kernels that Triton compiles from now on, and not those that it finds in a cache;
+    without Triton there are none.
+    """
+    global _is_triton_watched
+    if _is_triton_watched:
         return
     try:
         from triton import knobs
     except ImportError:
         return
-    previous = knobs.runtime.jit_post_compile_hook
+    previous = knobs.compilation.listener
 
-    def hook(*args: Any, **kwargs: Any) -> Any:
-        _ours["triton"] += 1
-        return previous(*args, **kwargs) if previous else None
+    def listen(*, cache_hit: bool, **told: Any) -> None:
+        _ours["triton"] += not cache_hit
+        if previous:
+            previous(cache_hit=cache_hit, **told)
 
-    knobs.runtime.jit_post_compile_hook = hook
-    _triton_hooked = True
+    knobs.compilation.listener = listen
+    _is_triton_watched = True
 
 
 def compilations() -> dict[str, int]:

@@ -2,6 +2,7 @@
 `runner.compiler.kernels` does.
 """
 
+import os
 from pathlib import Path
 from typing import ClassVar
 
@@ -13,11 +14,13 @@ class KernelCache(FileCacheManager):  # type: ignore[misc]  # Triton has no type
     """The files of one key; Triton makes one of these whenever it asks for some.
 
     A key is made of a kernel's source, of Triton itself, of ptxas and of the GPU's compute
-    capability.
+    capability; that of the C module of its source, and its file is named after Python's version.
+    Triton's own cache comes first: it has what was compiled here because what was brought did not
+    work.
 
     Attributes:
-        brought: has a folder for each key that is looked for there first; None: there is none.
-        used: the folders of all keys that were asked for.
+        brought: has folders like those of the cache; None: there is none.
+        used: the folders of all keys that were asked for; not all of them need be there.
     """
 
     brought: ClassVar[Path | None] = None
@@ -31,25 +34,34 @@ class KernelCache(FileCacheManager):  # type: ignore[misc]  # Triton has no type
             knobs.cache.manager_class = cls
 
     def __init__(self, key: str, override: bool = False, dump: bool = False) -> None:
-        brought = self.brought / key if self.brought else None
-        if override or dump:  # What its user is about to change, or to look at.
+        folder = self.brought and self.brought / key
+        self._brought = folder if folder and folder.is_dir() else None
+        if self._brought is None or override or dump:
             super().__init__(key, override, dump)
-            return
-        if brought and brought.is_dir():
-            self.key, self.cache_dir, self.lock_path = key, str(brought), None
-        else:
-            super().__init__(key)
-        self.used.add(Path(self.cache_dir))
+        else:  # A cache that cannot be written is enough, as long as nothing is put.
+            self.key, self.lock_path = key, None
+            self.cache_dir = os.path.join(knobs.cache.dir, key)
+        if not (override or dump):
+            self.used.add(Path(self.cache_dir))
+
+    def get_file(self, filename: str) -> str | None:
+        """Its path, if it is anywhere."""
+        own: str | None = super().get_file(filename)
+        if own or self._brought is None:
+            return own
+        file = self._brought / filename
+        return str(file) if file.exists() else None
 
     def get_group(self, filename: str) -> dict[str, str] | None:
-        """The files that were made together with one, by their names."""
-        if self.lock_path is not None:
-            return super().get_group(filename)
-        files = {file.name: str(file) for file in Path(self.cache_dir).iterdir()}
+        """The paths of the files that were made together with one, by their names."""
+        own: dict[str, str] | None = super().get_group(filename)
+        if own or self._brought is None:
+            return own
+        files = {file.name: str(file) for file in self._brought.iterdir()}
         return files if filename in files else None
 
     def put(self, data: bytes | str, filename: str, binary: bool = True) -> str:
-        """Keep a file on this host, also where one was brought that does not work here."""
+        """Keep a file in Triton's own cache."""
         if self.lock_path is None:
             super().__init__(self.key)
         path: str = super().put(data, filename, binary)

@@ -33,7 +33,7 @@ def load_stage(job: DecoderJob, context: ParallelContext) -> StageRunner:
         PreflightError: a backend is not usable here, and was to build what the bundle holds anew.
     """
     dtype = getattr(torch, job.plan.dtype)
-    if job.bundle:
+    if job.bundle and job.on_mismatch is None:
         watch_kernels(context.device, job.bundle.caches(context.rank))
     weights = job.weights(context.rank, dtype=dtype, device=context.device)
     runner = make_runner(job, context, weights)

@@ -134,8 +134,7 @@ def loop(engine: Engine, front: Front | None, profile: StepProfile | None = None
 def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None) -> Engine:
     """Agree with the other ranks on the size of the KV cache, and put the engine together."""
     config, context = job.config, stage_runner.context
-    fitting = fit_block_size(stage_runner.stage.attend, config.kv_cache.block_size)
-    block_size = -minimum(-fitting, context.setup)
+    block_size = fit_blocks(job, stage_runner)
     num_blocks = agree_on_blocks(
         front.kv_blocks(block_size) if front else 0,
         context,
@@ -156,6 +155,12 @@ def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None)
         rope_switch_length=job.spec.config.switch_length,
     )
     return Engine(scheduler, stage_runner, block_size, TokenExchange(context))
+
+
+def fit_blocks(job: DecoderJob, stage_runner: StageRunner) -> int:
+    """Tokens of a KV block that the attention of all ranks can read; all must call this."""
+    fitting = fit_block_size(stage_runner.stage.attend, job.config.kv_cache.block_size)
+    return -minimum(-fitting, stage_runner.context.setup)
 
 
 def capture_decoding(job: DecoderJob, stage_runner: StageRunner) -> None:

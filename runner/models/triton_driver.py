@@ -6,8 +6,17 @@ needs no other compiler of the host. Not here: the kernels.
 
 from subprocess import CalledProcessError
 
-_CAUSES = (ImportError, OSError, RuntimeError, AssertionError, CalledProcessError)
-"""Triton, a library or Python's headers are absent; there is no compiler, or it fails."""
+CAUSES = (
+    ImportError,
+    AttributeError,
+    OSError,
+    RuntimeError,
+    AssertionError,
+    CalledProcessError,
+)
+"""Triton, a library or Python's headers are absent; there is no compiler, or it fails; a class that
+Triton is told to use is not there.
+"""
 
 
 def find_obstacle() -> str | None:
@@ -16,6 +25,6 @@ def find_obstacle() -> str | None:
         from triton.runtime import driver
 
         _ = driver.active  # It starts when it is first asked for.
-    except _CAUSES as error:
+    except CAUSES as error:
         return " ".join(str(error).split())
     return None

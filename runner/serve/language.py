@@ -36,6 +36,7 @@ def language_service(job: DecoderJob) -> Service:
         observed,
         model=model,
         kind="language",
+        limits={"running": scheduler.max_num_seqs, "waiting": scheduler.max_queue_size},
         draw=lambda: draw(job.plan),
     )
     return Service(

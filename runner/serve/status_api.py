@@ -1,7 +1,7 @@
 """What the operator's page shows, as JSON, and the picture of the plan. Not here: the page."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, Protocol
 
@@ -61,11 +61,13 @@ class StatusRoutes:
         *,
         model: str,
         kind: Literal["language", "tensor"],
+        limits: Mapping[str, int],
         draw: Callable[[], str],
     ) -> None:
         """
         Args:
             kind: decides which figures the page shows.
+            limits: to what runs and what waits at once.
             draw: the plan, as SVG.
         """
         self._job = job
@@ -74,6 +76,7 @@ class StatusRoutes:
         self._observed = observed
         self._model = model
         self._kind = kind
+        self._limits = dict(limits)
         self._draw = draw
         self._started = time.monotonic()
         self.router = APIRouter(prefix="/status")
@@ -89,7 +92,7 @@ class StatusRoutes:
         return Response(await run_in_threadpool(self._draw), media_type="image/svg+xml")
 
     def _status(self) -> dict[str, Any]:
-        scheduler, health = self._job.config.scheduler, self._observed.health
+        health = self._observed.health
         quiet_s = [s for rank in health.ranks() if (s := rank.quiet_s()) is not None]
         return {
             "model": self._model,
@@ -97,9 +100,7 @@ class StatusRoutes:
             "state": "stalled" if health.stalls() else self._front.state,
             "uptime_s": round(time.monotonic() - self._started, 1),
             "idle_s": round(max(quiet_s), 1) if quiet_s else None,
-            "max_num_seqs": scheduler.max_num_seqs,
-            "max_batch_size": scheduler.max_batch_size,
-            "max_queue_size": scheduler.max_queue_size,
+            "limits": self._limits,
             "requests": self._told.ended(),
             "ranks": self._ranks(),
             "gpus": self._gpu_state(),

@@ -101,7 +101,7 @@ def test_a_start_from_a_bundle_compiles_no_kernel(tmp_path: Path) -> None:
     settings += ["--set", "scheduler.max_num_batched_tokens=16"]
     run("builder's", "compile", *common, *settings, "--output", str(bundle))
     asked = ["--prompt", "hello", "--max-tokens", "12", "--temperature", "0"]
-    expected = run("builder's", "generate", *common, *asked)
+    expected = run("builder's", "generate", *common, *settings, *asked)
     found = run("own", "generate", "--bundle", str(bundle), *asked, compiler=str(tmp_path / "none"))
     assert found == expected
     own = [file for file in (tmp_path / "own").rglob("*") if file.is_file()]

@@ -23,8 +23,8 @@ export const KINDS = {
       const load = status.load ?? { num_running: 0, num_waiting: 0, cache_usage: 0, num_preempted: 0, prompt_tokens: 0, cached_tokens: 0 };
       const reused = load.prompt_tokens ? `${((100 * load.cached_tokens) / load.prompt_tokens).toFixed(0)} %` : "-";
       return [
-        ["In the batch", `${load.num_running} of ${status.max_num_seqs}`],
-        ["Waiting", `${load.num_waiting} of ${status.max_queue_size}`],
+        ["In the batch", `${load.num_running} of ${status.limits.running}`],
+        ["Waiting", `${load.num_waiting} of ${status.limits.waiting}`],
         ["Tokens a second", aSecond(status, "tokens")],
         ["KV cache in use", percent(load.cache_usage)],
         ["Prompt reused", reused],
@@ -46,10 +46,10 @@ export const KINDS = {
     hasPrompt: false,
     figures: (status) => [
       ["Samples in batches", status.load.num_running],
-      ["Samples waiting", `${status.load.num_waiting} of ${status.max_queue_size}`],
+      ["Samples waiting", `${status.load.num_waiting} of ${status.limits.waiting}`],
       ["Samples a second", aSecond(status, "samples")],
       ["Batches a second", aSecond(status, "batches")],
-      ["Largest batch", status.max_batch_size],
+      ["Batch limit", status.limits.batch],
     ],
     charts: [
       rate("Samples a second", "samples"),

@@ -31,31 +31,35 @@ class BatchHistory(History[BatchSlot]):
         super().__init__(BatchSlot)
         self.batches: BatchMetrics = _Watched(self)
 
-    def started(self, waits_s: Sequence[float], *, waiting: int, running: int) -> None:
-        """A batch has started.
-
-        Args:
-            waits_s: how long each of its samples was in the queue.
-            waiting, running: samples, now.
-        """
+    def started(self, waits_s: Sequence[float]) -> None:
+        """A batch has started, whose samples were in the queue so long."""
         with self._lock:
             slot = self._slot()
             slot.batches += 1
             slot.samples += len(waits_s)
             slot.wait.add(waits_s)
-            # With those that it took, which waited until now.
-            slot.waiting = max(slot.waiting, waiting + len(waits_s))
-            slot.running = max(slot.running, running)
+        self._look()
 
     def ended(self, seconds: float) -> None:
         """A batch has its results, so long after it started."""
         with self._lock:
             self._slot().batch.add([seconds])
+        self._look()
 
     def told(self) -> dict[str, Any]:
         """See `History`."""
-        load = {"num_running": self.batches.running, "num_waiting": self.batches.queue_depth}
+        load = self._look()
         return super().told() | {"load": load}
+
+    def _look(self) -> dict[str, int]:
+        """How busy it is; seen whenever a batch comes or goes, and the page asks."""
+        waiting, running = self.batches.queue_depth, self.batches.running
+        if waiting or running:
+            with self._lock:
+                slot = self._slot()
+                slot.waiting = max(slot.waiting, waiting)
+                slot.running = max(slot.running, running)
+        return {"num_running": running, "num_waiting": waiting}
 
 
 class _Watched(BatchMetrics):
@@ -67,7 +71,7 @@ class _Watched(BatchMetrics):
 
     def batch_started(self, reason: CutReason, waits_s: Sequence[float]) -> None:
         super().batch_started(reason, waits_s)
-        self._history.started(waits_s, waiting=self.queue_depth, running=self.running)
+        self._history.started(waits_s)
 
     def batch_finished(self, num_requests: int, seconds: float, *, has_failed: bool) -> None:
         super().batch_finished(num_requests, seconds, has_failed=has_failed)

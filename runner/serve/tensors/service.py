@@ -26,9 +26,10 @@ def tensor_service(job: GraphJob) -> Service:
     config, plan, metrics = job.config, job.plan, TensorMetrics()
     _check_limit(job)
     observed = Observed.of(job, metrics)
+    policy = BatchingPolicy.of(config.scheduler, is_batched=plan.is_batched)
     front = TensorFront(
         plan,
-        BatchingPolicy.of(config.scheduler, is_batched=plan.is_batched),
+        policy,
         metrics,
         request_timeout_s=config.server.request_timeout_s,
     )
@@ -41,6 +42,7 @@ def tensor_service(job: GraphJob) -> Service:
         observed,
         model=model,
         kind="tensor",
+        limits={"batch": policy.max_batch_size, "waiting": policy.max_queue_size},
         draw=lambda: draw_graph(plan),
     )
     return Service(

@@ -23,19 +23,35 @@ with counted("tensorrt"):
     pass
 watch_triton()
 watch_triton()
-from triton import knobs
-knobs.runtime.jit_post_compile_hook(key="a kernel")
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+import planted_kernel
+source = ASTSource(planted_kernel.copied, {"x": "*fp32", "out": "*fp32"}, {})
+for _ in range(2):  # The second time Triton finds it in its cache.
+    triton.compile(source, target=GPUTarget("cuda", 90, 32))
 told.append(compilations())
 told.append(count_compilations())
 """
 
 
+KERNEL = """
+import triton
+import triton.language as tl
+
+@triton.jit
+def copied(x, out):
+    tl.store(out, tl.load(x))
+"""
+
+
 def run(code: str, folder: Path) -> list[object]:
     """In a process of its own, whose caches are empty; what it tells as JSON."""
+    (folder / "planted_kernel.py").write_text(KERNEL)
     caches = {k: v for k, v in barren(folder).items() if k not in ("PATH", "CXX")}
     done = subprocess.run(
         [sys.executable, "-c", f"{code}\nprint(json.dumps(told))"],
-        env={"PATH": "/usr/local/bin:/usr/bin:/bin", **caches},
+        env={"PATH": "/usr/local/bin:/usr/bin:/bin", **caches, "PYTHONPATH": str(folder)},
         cwd=ROOT,
         capture_output=True,
         text=True,

@@ -114,13 +114,32 @@ def test_only_what_a_start_needs_is_kept(start: Start, tmp_path: Path) -> None:
     assert sorted(f.name for f in (tmp_path / "caches").rglob("*") if f.is_file()) == kept
 
 
-def test_what_was_brought_and_does_not_load_is_compiled(start: Start, tmp_path: Path) -> None:
+@pytest.mark.parametrize("fault", ["does not load", "is for another Python"])
+def test_what_does_not_fit_is_compiled_once(start: Start, tmp_path: Path, fault: str) -> None:
     start("keep", "own")
     library = next((tmp_path / "caches").rglob("cuda_utils*"))
-    library.write_bytes(b"of another machine")
+    if fault == "does not load":
+        library.write_bytes(b"of another machine")
+    else:
+        library.rename(library.with_name("cuda_utils.cpython-310-x86_64-linux-gnu.so"))
     found = start("run", "another host's")
     assert found["launcher"].startswith(str(tmp_path / "another host's"))
-    assert library.read_bytes() == b"of another machine"
+    assert start("run", "another host's", CC=str(tmp_path / "no compiler")) == found | {
+        "halved": True
+    }
+
+
+def test_a_cache_that_is_not_there_is_no_defect_of_ours() -> None:
+    code = "import torch; from runner.compiler.kernels import watch_kernels; "
+    done = subprocess.run(
+        [sys.executable, "-c", f"{code} watch_kernels(torch.device('cuda', 0))"],
+        env={**os.environ, "TRITON_CACHE_MANAGER": "nosuch:Thing"},
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr) == (0, "")
 
 
 def test_a_cache_that_the_user_wants_is_left_to_work(start: Start, tmp_path: Path) -> None:

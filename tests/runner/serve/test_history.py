@@ -64,6 +64,7 @@ def test_batches_are_told_by_what_batching_counts(clock: Clock) -> None:
     started, ended = kept.told()["slots"]
     assert (started["batches"], started["samples"]) == (1, 3)
     assert (started["running"], started["waiting"]) == (3, 5)
+    assert (ended["running"], ended["waiting"]) == (0, 2)
     assert started["wait"] == {"count": 3, "total_s": 1.5, "max_s": 0.75}
     assert started["batch"]["count"] == 0
     assert (ended["batches"], ended["batch"]["max_s"]) == (0, 2.0)
