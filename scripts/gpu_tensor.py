@@ -158,8 +158,8 @@ class Measurement:
         assert job.bundle is not None
         self.parity: dict[str, object] = job.bundle.manifest.parity
         self._job = job
-        # As `confine` has it, but for the cores near the GPU: the CPU's figures, which come later in
-        # this process, are of all of them.
+        # As `confine` has it, but for the cores near the GPU: the CPU's figures, which come later
+        # in this process, are of all of them.
         num_cores = len(os.sched_getaffinity(0))
         is_cpu = device_type == "cpu"
         torch.set_num_threads(num_cores if is_cpu else min(num_cores, MOST_HOST_THREADS))
