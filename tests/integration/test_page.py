@@ -42,7 +42,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
 
 @pytest.fixture(scope="module")
 def tensor_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
-    """Two stages."""
+    """One rank."""
     folder = tmp_path_factory.mktemp("net")
     (folder / "shown_model.py").write_text(NET)
     plan = {
@@ -54,7 +54,6 @@ def tensor_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
             "load_format": "dummy",
             "inputs": [{"name": "x", "shape": ["batch", 4]}],
         },
-        "parallel": {"pipeline_parallel_size": 2},
         "security": {"factories": ["shown_model:make"]},
         "scheduler": {"max_batch_size": 8},
         "server": {"model_name": "net"},
@@ -159,7 +158,7 @@ def test_the_page_of_a_tensor_model_shows_batches_and_no_prompt(
         assert answer.status_code == 200, answer.text
         expect(page.locator("#ended")).to_contain_text("completed")
         expect(page.locator("#figures")).to_contain_text("Samples waiting")
-        expect(page.locator("#ranks tr")).to_have_count(2)
+        expect(page.locator("#ranks tr")).to_have_count(1)
         expect(page.locator("#charts figure")).to_have_count(8)
         expect(page.locator("#charts")).to_contain_text("Wait for a batch")
         # Of the slot that is over, so some seconds later.

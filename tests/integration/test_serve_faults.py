@@ -190,7 +190,7 @@ def test_a_rank_that_raises_is_named_with_its_stack(model: Path, hang: Spoil) ->
 )
 def test_a_signal_under_load_lets_every_stream_end(model: Path, signum: signal.Signals) -> None:
     with Server.start(model, *CUT) as server:
-        with streaming(server, 16, max_tokens=300) as reading:
+        with streaming(server, 16, max_tokens=120) as reading:
             server.process.send_signal(signum)
             streams = [stream.result(timeout=60) for stream in reading]
         assert [stream.finish_reason for stream in streams] == ["length"] * 16
