@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from runner.models.triton_driver import CAUSES
+from runner.compiler.triton_driver import CAUSES
 
 _FOLDER = "triton"
 _LAUNCHER = "cuda_utils"

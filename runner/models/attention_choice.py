@@ -13,9 +13,9 @@ import torch
 from parallel.collectives import minimum
 from parallel.context import ParallelContext
 from parallel.slicing import HeadShare
+from runner.compiler.triton_driver import find_obstacle
 from runner.models.attention import Attention, GatherAttention
 from runner.models.batch import Batch
-from runner.models.triton_driver import find_obstacle
 
 Decode = Literal["triton", "varlen"]
 """What decodes on a GPU."""

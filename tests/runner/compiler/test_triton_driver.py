@@ -20,7 +20,7 @@ from unittest.mock import MagicMock
 from triton.backends.nvidia import driver
 from triton.runtime import build
 from triton.runtime.cache import get_cache_manager
-from runner.models.triton_driver import find_obstacle
+from runner.compiler.triton_driver import find_obstacle
 
 driver.CudaDriver.is_active = staticmethod(lambda: True)
 build._load_module_from_path = lambda name, path: MagicMock()
