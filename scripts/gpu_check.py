@@ -17,6 +17,7 @@ from xml.etree import ElementTree
 import torch
 from gpu_llama import cuts, llama_8b, llama_70b_rank, llama_of_ranks, startup
 from gpu_report import ROOT, Check
+from gpu_serve import serve
 from gpu_tensor import compile_model, models
 
 TESTS_S = 500
@@ -134,6 +135,7 @@ def steps(backends: list[str]) -> dict[str, Callable[[Check], None]]:
     chosen: dict[str, Callable[[Check], None]] = {
         "llama-8b": partial(llama_8b, backends=backends),
         "startup": partial(startup, backends=backends),
+        "serve": partial(serve, backends=backends),
         "tensor": tensor,
         "tests": partial(tests, mark="gpu"),
         "llama-70b-rank": llama_70b_rank,
