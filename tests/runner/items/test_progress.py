@@ -5,6 +5,7 @@ import json
 import os
 import pty
 import time
+from contextlib import suppress
 
 import pytest
 
@@ -45,13 +46,21 @@ def test_a_run_with_nothing_to_do_tells_once() -> None:
     assert (line["done"], line["items_per_s"], line["remaining_s"]) == (5, 0, None)
 
 
+def read_to_end(terminal: int) -> str:
+    """What was written to a terminal that is closed; it may come in several parts."""
+    shown = b""
+    with os.fdopen(terminal, "rb", buffering=0) as stream, suppress(OSError):
+        while part := stream.read(100_000):
+            shown += part
+    return shown.decode()
+
+
 def test_a_terminal_has_a_bar() -> None:
     ours, theirs = pty.openpty()
     with os.fdopen(theirs, "w") as stream, ItemProgress(40, 30, stream=stream) as progress:
         for index in range(10):
             progress.advance(failed=index == 3)
-    shown = os.read(ours, 100_000).decode()
-    os.close(ours)
+    shown = read_to_end(ours)
     assert "40/40" in shown
     assert "1 failed" in shown
     assert "items/s" in shown
