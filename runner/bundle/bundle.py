@@ -203,10 +203,16 @@ def _check_folder(path: Path) -> None:
             f"{path} is not there; {partial} is an unfinished bundle; finish it: "
             f"{layout.rebuild_command(path)}"
         )
+    if (path / "config.json").is_file() and not (path / layout.MANIFEST).exists():
+        raise IntegrityError(
+            f"{path} is no bundle but a model's folder; give it as --model, or make a bundle of "
+            f"it: shardline compile --model {path} --output BUNDLE"
+        )
     if not (path / layout.MANIFEST).is_file():
         problem = f"has no {layout.MANIFEST}" if path.is_dir() else "is no folder"
         raise IntegrityError(
-            f"{path} is no bundle: it {problem}; make one: {layout.rebuild_command(path)}"
+            f"{path} is no bundle: it {problem}; make one: shardline compile --config PLAN.YAML "
+            "--output BUNDLE"
         )
 
 

@@ -100,7 +100,12 @@ def serve(
 
     Give --request-rate or --concurrency. Prompts are random token ids unless --data says otherwise.
     """
-    from runner.bench.load.run import Load
+    try:
+        from runner.bench.load.run import Load
+    except ModuleNotFoundError as error:
+        raise PreflightError(
+            f"bench serve needs {error.name}; install the extra: pip install 'shardline[bench]'"
+        ) from None
     from runner.bench.load.slo import Slo
 
     check_writable(output)
@@ -149,13 +154,8 @@ def _run(
     """The model's name, and what came."""
     import asyncio
 
-    try:
-        from runner.bench.load.client import Client
-        from runner.bench.load.run import run_load
-    except ModuleNotFoundError as error:
-        raise PreflightError(
-            f"bench serve needs {error.name}; install the extra: pip install 'shardline[bench]'"
-        ) from None
+    from runner.bench.load.client import Client
+    from runner.bench.load.run import run_load
 
     async def run() -> "tuple[str, list[Timeline]]":
         async with Client(url, model=model, key=key, timeout_s=timeout_s, extra=extra) as client:

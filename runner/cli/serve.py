@@ -69,9 +69,12 @@ def health(
 
     from runner.serve.address import ask, known_address
 
+    address = url or known_address()
     try:
-        status, text = ask(url or known_address(), "/health/ready", timeout_s=timeout_s)
-    except (OSError, ValueError, HTTPException) as error:
-        status, text = 0, f"{type(error).__name__}: {error}"
+        status, text = ask(address, "/health/ready", timeout_s=timeout_s)
+    except OSError as error:
+        status, text = 0, f"no server answers at {address} ({error.strerror or error})"
+    except (ValueError, HTTPException) as error:
+        status, text = 0, f"{address}: {type(error).__name__}: {error}"
     typer.echo(text if status == 200 else f"not ready: {text}", err=status != 200)
     sys.exit(0 if status == 200 else 1)

@@ -171,7 +171,7 @@ class ServerConfig(Section):
     and 300 on a CPU."""
 
     model_name: Text | None = None
-    """What clients call the model; null means the name of its folder."""
+    """What clients call the model; null means the name of its folder, its file or its bundle."""
 
     api_key_file: Text | None = None
     """File with the key that clients must send; null means that none is asked for."""

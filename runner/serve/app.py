@@ -22,8 +22,8 @@ def make_app(service: Service, config: ServerConfig) -> Guard:
     Raises:
         ConfigError: the file of the key cannot be read.
     """
-    # Documents and pages would load scripts from elsewhere.
-    app = FastAPI(title="shardline", docs_url=None, redoc_url=None)
+    # Documents and pages would load scripts from elsewhere, and a path is what it is.
+    app = FastAPI(title="shardline", docs_url=None, redoc_url=None, redirect_slashes=False)
     install_handlers(app, service.shape)
     for router in service.routers:
         app.include_router(router)

@@ -33,12 +33,16 @@ function draw(chart, bySlot, status) {
   );
 }
 
-// Points that have a value; slots without one are passed over.
+// A line through slots that follow one another, a dot where one stands alone; none across a gap.
 function path(values, top) {
   const step = WIDTH / (values.length - 1);
   return values
-    .map((value, i) => (value === null ? "" : `${(i * step).toFixed(1)} ${(HEIGHT - (value / top) * (HEIGHT - 4)).toFixed(1)}`))
+    .map((value, i) => {
+      if (value === null) return "";
+      const point = `${(i * step).toFixed(1)} ${(HEIGHT - (value / top) * (HEIGHT - 4)).toFixed(1)}`;
+      const [before, after] = [values[i - 1] ?? null, values[i + 1] ?? null];
+      return (before === null ? `M ${point}` : `L ${point}`) + (before === null && after === null ? " h 0" : "");
+    })
     .filter(Boolean)
-    .map((point, i) => (i ? "L " : "M ") + point)
     .join(" ");
 }

@@ -293,14 +293,16 @@ def test_what_is_no_bundle_is_said_to_be_none(tmp_path: Path, model: Path) -> No
     file.write_text("x")
     absent = tmp_path / "absent"
     for path, problem in [
-        (empty, "has no manifest.json"),
-        (model, "has no manifest.json"),
-        (file, "is no folder"),
-        (absent, "is no folder"),
+        (empty, ": it has no manifest.json"),
+        (model, " but a model's folder; give it as --model"),
+        (file, ": it is no folder"),
+        (absent, ": it is no folder"),
     ]:
-        error = refused(lambda path=path: Bundle.open(path), path)
-        assert error.exit_code == 4
-        assert f"{path} is no bundle: it {problem}" in str(error)
+        with pytest.raises(IntegrityError) as caught:
+            Bundle.open(path)
+        assert f"{path} is no bundle{problem}" in str(caught.value)
+        # Never one of what is there: a bundle alone is replaced.
+        assert str(caught.value).endswith("--output BUNDLE")
 
 
 def test_a_rank_or_artefact_that_it_was_not_made_for_is_incompatible(bundle: Path) -> None:
