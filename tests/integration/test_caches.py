@@ -55,7 +55,8 @@ def test_kernels_are_compiled_once(checkpoint: Callable[[str], Path], tmp_path: 
     bundle = compile_here("llama", checkpoint, tmp_path / "bundle", "cuda", "tensorrt")
     caches, cuda = bundle.caches(0), torch.device("cuda", 0)
     assert caches is not None
-    assert (caches / KERNELS_FILE).is_file()
+    # Beside it Triton's, unless this process had them before it compiled.
+    assert [file.name for file in caches.iterdir() if file.name != "triton"] == [KERNELS_FILE]
     context = ParallelContext.open(Topology.of([1]), RankEnv(0, 1), device_type="cuda")
     stage = load_stage(open_job(bundle.path, accept_parity=True), context).stage
     seconds = {}

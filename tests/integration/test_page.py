@@ -8,6 +8,7 @@ import httpx
 import pytest
 import yaml
 from checkpoints import add_tokenizer, make_checkpoint
+from plan_file import factory_plan
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from servers import Server
 
@@ -45,19 +46,8 @@ def tensor_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One rank."""
     folder = tmp_path_factory.mktemp("net")
     (folder / "shown_model.py").write_text(NET)
-    plan = {
-        "version": 1,
-        "model": {
-            "path": str(folder),
-            "factory": "shown_model:make",
-            "factory_path": str(folder),
-            "load_format": "dummy",
-            "inputs": [{"name": "x", "shape": ["batch", 4]}],
-        },
-        "security": {"factories": ["shown_model:make"]},
-        "scheduler": {"max_batch_size": 8},
-        "server": {"model_name": "net"},
-    }
+    plan = factory_plan(folder, "shown_model:make", {"name": "x", "shape": ["batch", 4]})
+    plan |= {"scheduler": {"max_batch_size": 8}, "server": {"model_name": "net"}}
     (folder / "plan.yaml").write_text(yaml.safe_dump(plan))
     with Server.start(folder / "plan.yaml") as server:
         yield server
@@ -84,6 +74,7 @@ def test_the_page_needs_no_key_and_its_data_do(server: Server) -> None:
     status = httpx.get(f"{server.url}/status", headers={"Authorization": "Bearer secret"}).json()
     assert (status["model"], status["state"]) == ("tiny", "ready")
     assert [(rank["rank"], rank["stage"]) for rank in status["ranks"]] == [(0, 0), (1, 1)]
+    assert 0 <= status["idle_s"] < 10, "idle ranks step every second"
     assert status["gpus"] == {"reason": "the ranks run on the CPU", "by_rank": {}}
 
 
@@ -121,28 +112,24 @@ def test_an_operator_unlocks_the_page_and_streams_an_answer(
     server: Server, browser: Browser
 ) -> None:
     with opened(server, browser) as page:
-        unlock_and_stream(page)
-
-
-def unlock_and_stream(page: Page) -> None:
-    page.locator("#key").fill("secret")
-    page.get_by_role("button", name="Unlock").click()
-    expect(page.locator("#state")).to_have_text("ready")
-    expect(page.locator("#ranks tr")).to_have_count(2)
-    expect(page.locator("#gpu-note")).to_contain_text("the ranks run on the CPU")
-    expect_plan(page)
-    page.locator("#kind").select_option("text")
-    page.locator("#max-tokens").fill("400")
-    page.locator("#prompt").fill("<b>hello</b>")
-    page.locator("#send").click()
-    expect(page.locator("#answer")).not_to_be_empty()
-    # It streams: there is text, and the answer goes on.
-    assert page.locator("#stop").is_visible()
-    length = len(page.locator("#answer").inner_text())
-    expect(page.locator("#ended")).to_contain_text("length", timeout=20_000)
-    assert len(page.locator("#answer").inner_text()) > length
-    assert page.locator("#answer *").count() == 0
-    expect(page.locator("#charts figure")).to_have_count(8)
+        page.locator("#key").fill("secret")
+        page.get_by_role("button", name="Unlock").click()
+        expect(page.locator("#state")).to_have_text("ready")
+        expect(page.locator("#ranks tr")).to_have_count(2)
+        expect(page.locator("#gpu-note")).to_contain_text("the ranks run on the CPU")
+        expect_plan(page)
+        page.locator("#kind").select_option("text")
+        page.locator("#max-tokens").fill("400")
+        page.locator("#prompt").fill("<b>hello</b>")
+        page.locator("#send").click()
+        expect(page.locator("#answer")).not_to_be_empty()
+        # It streams: there is text, and the answer goes on.
+        assert page.locator("#stop").is_visible()
+        length = len(page.locator("#answer").inner_text())
+        expect(page.locator("#ended")).to_contain_text("length", timeout=20_000)
+        assert len(page.locator("#answer").inner_text()) > length
+        assert page.locator("#answer *").count() == 0
+        expect(page.locator("#charts figure")).to_have_count(8)
 
 
 @needs_browser

@@ -215,7 +215,7 @@ def test_many_at_once_get_what_each_gets_alone(model: Path) -> None:
         alone = [answer(n) for n in range(32)]
         with ThreadPoolExecutor(64) as pool:
             assert list(pool.map(answer, [*range(32)] * 2)) == alone * 2
-        wait_for(lambda: server.metric("kv_cache_usage_perc") == 0)
+        wait_for(lambda: server.metric("kv_cache_usage_perc") == 0, seconds=10)
         assert server.metric("prefix_cache_hits") > 0
         assert server.metric("generation_tokens_total") == 3 * sum(4 + n % 9 for n in range(32))
         server.terminate()
@@ -419,7 +419,7 @@ def test_sigterm_lets_streams_end_and_takes_no_more(model: Path, tmp_path: Path)
         ]
         firsts = [next(iter(stream)) for stream in streams]
         server.terminate()
-        wait_for(lambda: httpx.get(f"{server.url}/health/ready").status_code == 503)
+        wait_for(lambda: httpx.get(f"{server.url}/health/ready").status_code == 503, seconds=10)
         with pytest.raises(openai.InternalServerError, match="draining"):
             client.completions.create(model="tiny", prompt="late", max_tokens=1)
         for first, stream in zip(firsts, streams, strict=True):

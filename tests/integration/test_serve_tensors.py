@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 from hang import may_hang
+from plan_file import factory_plan
 from processes import processes_naming, rank_pid, wait_until_gone
 from servers import Server, wait_for
 from tritonclient.http import InferenceServerClient, InferInput, InferRequestedOutput
@@ -70,17 +71,8 @@ IDS = {"name": "ids", "shape": ["batch", 2], "dtype": "int64"}
 def plan_of(folder: Path, name: str, given: dict[str, Any], **scheduler: Any) -> Path:
     """The configuration of one of the models."""
     (folder / "served_models.py").write_text(MODELS)
-    plan = {
-        "version": 1,
-        "model": {
-            "path": str(folder),
-            "factory": "served_models:make",
-            "factory_path": str(folder),
-            "factory_args": {"name": name},
-            "load_format": "dummy",
-            "inputs": [given],
-        },
-        "security": {"factories": ["served_models:make"]},
+    plan = factory_plan(folder, "served_models:make", given, factory_args={"name": name})
+    plan |= {
         "scheduler": {"max_batch_size": 8, "max_queue_delay_ms": 100, **scheduler},
         "server": {"model_name": "net"},
     }

@@ -13,6 +13,7 @@ import httpx
 import numpy as np
 import pytest
 from checkpoints import add_tokenizer
+from plan_file import factory_plan
 from processes import run_command, start_command
 
 pytestmark = [pytest.mark.dist, pytest.mark.timeout(400)]
@@ -102,17 +103,8 @@ def write_plan(folder: Path, factory: str, code: str, **security: str) -> str:
     """A plan of a tensor model that `code` makes, and an input; returns the plan's path."""
     module = factory.partition(":")[0]
     (folder / f"{module}.py").write_text(code)
-    plan = {
-        "version": 1,
-        "model": {
-            "path": str(folder),
-            "factory": factory,
-            "factory_path": str(folder),
-            "load_format": "dummy",
-            "inputs": [{"name": "x", "shape": ["batch", 4]}],
-        },
-        "security": {"factories": [factory], **security},
-    }
+    plan = factory_plan(folder, factory, {"name": "x", "shape": ["batch", 4]})
+    plan["security"] |= security
     path = folder / "plan.yaml"
     path.write_text(json.dumps(plan))
     np.save(folder / "x.npy", np.ones(4, np.float32))
