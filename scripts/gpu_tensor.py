@@ -4,7 +4,8 @@
 
 Compiles each model with each backend, then runs batches of its smallest and largest bucket: one
 after the other, which gives the latency, and several in flight, where copies overlap with
-computing. The vision examples run on this host's CPU, too, all of its cores, by PyTorch.
+computing. On a GPU requests of one sample follow, put together by dynamic batching, and not. The
+vision examples run on this host's CPU, too, all of its cores, by PyTorch.
 """
 
 import argparse
@@ -13,8 +14,10 @@ import os
 import subprocess
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
 from statistics import median
@@ -34,10 +37,14 @@ from parallel.launch import RankEnv  # noqa: E402
 from runner.bundled import open_job  # noqa: E402
 from runner.graph_planning import GraphJob  # noqa: E402
 from runner.joining import MOST_HOST_THREADS  # noqa: E402
+from runner.pipeline.batch_metrics import BatchMetrics  # noqa: E402
+from runner.pipeline.batch_service import BatchService  # noqa: E402
+from runner.pipeline.batching_policy import BatchingPolicy  # noqa: E402
+from runner.pipeline.buckets import Buckets  # noqa: E402
 from runner.pipeline.check import random_inputs  # noqa: E402
 from runner.pipeline.loading import load_worker  # noqa: E402
-from runner.pipeline.pipeline import Pipeline  # noqa: E402
-from runner.pipeline.programs import batch_size  # noqa: E402
+from runner.pipeline.pipeline import Pipeline, Sample  # noqa: E402
+from runner.pipeline.programs import batch_size, sample_shapes  # noqa: E402
 from runner.pipeline.rank import run_worker  # noqa: E402
 
 BACKENDS = ("tensorrt", "inductor", "eager")
@@ -46,6 +53,8 @@ LATENCIES = {"cuda": 30, "cpu": 5}
 IN_FLIGHT = {"cuda": 40, "cpu": 8}
 TRACED = 8
 """Batches that are submitted at once."""
+SINGLES = 2000
+"""Requests of one sample."""
 
 RESNET = """version: 1
 model:
@@ -96,9 +105,12 @@ def models() -> Iterator[Model]:
     ct = (dummy, anything, "model.dtype=bfloat16")
     yield Model("3-D ResNet-152 bf16", "ct/plan.yaml", ct, (1,))
     if (package := find_spec("rapidocr_onnxruntime")) and package.origin:
-        detector = next(Path(package.origin).parent.rglob("*_det_infer.onnx"))
-        path = f"model.path={detector}"
+        folder = Path(package.origin).parent
+        path = f"model.path={next(folder.rglob('*_det_infer.onnx'))}"
         yield Model("PP-OCR detector", "ocr/plan.yaml", (path, tf32), (1, 4), True)
+        path = f"model.path={next(folder.rglob('*_rec_infer.onnx'))}"
+        settings = (path, tf32, "model.dims.width=[320]")
+        yield Model("PP-OCR recogniser", "ocr/recognize.yaml", settings, (1, 16), True)
 
 
 def compile_model(
@@ -203,6 +215,42 @@ class Measurement:
         found["GPU, ms a batch"] = self._replay_ms(index)
         return found
 
+    def singles(self, most: int) -> float:
+        """Samples a second of requests for one, of which enough wait to fill the largest bucket.
+
+        Args:
+            most: that one batch takes of them.
+        """
+        plan = self._job.plan
+        inputs = random_inputs(values_of(plan.buckets[0]))
+        sample, shapes = [x[0] for x in inputs], sample_shapes(plan.buckets[0], plan)
+        buckets, num_stages = Buckets.of(plan), len(plan.stages)
+        policy = BatchingPolicy.of(self._job.config.scheduler, is_batched=True)
+        num_waiting = (num_stages + 2) * policy.max_batch_size
+        policy = replace(policy, max_batch_size=most, max_queue_size=num_waiting)
+        seconds = 0.0
+
+        def use(pipeline: Pipeline) -> None:
+            nonlocal seconds
+
+            def execute(_: object, samples: list[Sample]) -> Future[list[list[torch.Tensor]]]:
+                return pipeline.submit(buckets.choose(shapes, len(samples)), samples)
+
+            with BatchService(
+                policy, execute, BatchMetrics(), max_in_flight=num_stages + 1
+            ) as service:
+                started = time.perf_counter()
+                waiting = deque(service.submit(None, sample) for _ in range(num_waiting))
+                for _ in range(SINGLES - num_waiting):
+                    waiting.popleft().result()
+                    waiting.append(service.submit(None, sample))
+                for answer in waiting:
+                    answer.result()
+                seconds = time.perf_counter() - started
+
+        run_worker(self._job, self._worker, self._context, use)
+        return SINGLES / seconds
+
     def _replay_ms(self, index: int) -> float:
         """Of the captured graph alone."""
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
@@ -247,6 +295,10 @@ def figures(model: Model, backend: str, device_type: str, out: Path) -> Iterator
     for index, size in enumerate(model.buckets):
         for what, value in measurement.bucket(index).items():
             yield Row(subject, f"batch {size}: {what}", value)
+    if device_type == "cuda" and len(model.buckets) > 1:
+        for most in model.buckets:
+            rate = measurement.singles(most)
+            yield Row(subject, f"single requests, {most} a batch: samples/s", rate)
     del measurement
     torch.cuda.empty_cache()
 

@@ -10,7 +10,7 @@ import pwd
 import subprocess
 import sys
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from types import ModuleType
@@ -38,7 +38,8 @@ class BuildSettings:
 
     Attributes:
         optimization_level: 0 builds fastest, 5 searches longest; None: TensorRT's own choice.
-        workspace_bytes: most scratch memory for one layer; 0: all there is.
+        workspace_bytes: most scratch memory for one layer, where the network can be built within
+            that; 0: all there is.
     """
 
     optimization_level: int | None = None
@@ -189,12 +190,28 @@ def build_engine(
     fault = _fault_of_outputs(program)
     if fault:
         raise _unsupported(kind, fault)
+    try:
+        return _build_within(program, kind, settings)
+    except _WorkspaceError:
+        return _build_within(program, kind, replace(settings, workspace_bytes=0))
+
+
+class _WorkspaceError(UnsupportedSegmentError):
+    """TensorRT finds no kernel that needs as little scratch memory as it may take."""
+
+
+def _build_within(
+    program: torch.export.ExportedProgram, kind: str, settings: BuildSettings
+) -> bytes:
     with counted("tensorrt"), quiet() as said:
         torch_tensorrt = import_torch_tensorrt()
         try:
             engine = _convert(torch_tensorrt, program, settings)
         except Exception as error:
-            raise _unsupported(kind, explain(error, said)) from error
+            refusal = _unsupported(kind, explain(error, said))
+            if settings.workspace_bytes and said.lacks_workspace:
+                raise _WorkspaceError(str(refusal)) from error
+            raise refusal from error
     # A network that TensorRT complained of can still come out as an engine: of something else.
     if said.errors:
         raise _unsupported(kind, f"TensorRT refused its network ({shorten(said.errors[0])})")

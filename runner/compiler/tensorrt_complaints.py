@@ -18,6 +18,11 @@ class Complaints:
     warnings: list[str] = field(default_factory=list)
     errors: list[str] = field(default_factory=list)
 
+    @property
+    def lacks_workspace(self) -> bool:
+        """Whether more scratch memory for a layer might be all that is missing."""
+        return any(re.search("OutOfMemory|workspace limit", line) for line in self.errors)
+
 
 def explain(error: Exception, said: Complaints) -> str:
     """Why no engine came of a network, in one line: the operators that have no converter, or what

@@ -126,6 +126,20 @@ def test_an_artefact_describes_itself(outcomes: dict[str, str | None], desk: Pat
     assert io.outputs == {"output0": SPEC, "output1": SPEC}
 
 
+def test_a_layer_that_needs_more_workspace_than_is_allowed_gets_it(tmp_path: Path) -> None:
+    attention = Function(lambda x: torch.softmax(x @ x.T, -1) @ x)
+    allowed = BuildSettings(workspace_bytes=1)
+    jobs = [
+        job(Segment("attention", attention, (SPEC,)), tmp_path / "needs"),
+        job(Segment("refused", Function(REFUSED["refused"][0]), (SPEC,)), tmp_path / "refused"),
+    ]
+    error, other = run_builder(jobs, "sm89", allowed)
+    assert error is None
+    assert (tmp_path / "needs" / ENGINE_FILE).stat().st_size > 0
+    assert other is not None
+    assert "MATRIX_MULTIPLY" in other
+
+
 def test_a_build_is_counted_and_leaves_no_other_trace(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
