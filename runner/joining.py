@@ -6,6 +6,7 @@ compiler.
 import gc
 import logging
 import os
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -41,11 +42,13 @@ class Phase:
 
     Attributes:
         board: what all ranks are at.
+        started_s: when this rank began, as `time.monotonic` has it.
         progress: where this rank says it.
     """
 
     def __init__(self, env: RankEnv) -> None:
         self.name = "starting"
+        self.started_s = time.monotonic()
         self._rank = env.rank
         self.sees(_board_of(env))
 

@@ -22,7 +22,7 @@ from runner.build.build_process import BuildProcess, Order
 from runner.build.progress import Progress
 from runner.build.worklist import Work
 from runner.bundle.builder import BundleBuilder
-from runner.compiler.backend import Backend, artefact_key
+from runner.compiler.backend import Backend, Checking, artefact_key
 from runner.compiler.counter import counted
 from runner.compiler.segment import save_program
 
@@ -70,13 +70,25 @@ def build_ahead(
         desk = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shardline-build-")))
         progress = Progress(context.rank, len(builds), of="artefact")
         seconds: dict[str, float] = {}
+        by_name = {backend.name: backend for backend in backends}
         for build, folder, took in _built(builds, crew, desk):
-            if took is not None:
+            is_good = took is not None and _passes(by_name[build.backend], folder)
+            if took is not None and is_good:
                 with builder.artefact(build.key) as target:
                     shutil.copytree(folder, target, dirs_exist_ok=True)
                 seconds[build.key] = took
-            progress.finished(str(build), how=build.backend if took is not None else "not built")
+            progress.finished(str(build), how=build.backend if is_good else "not built")
     return seconds
+
+
+def _passes(backend: Backend, folder: Path) -> bool:
+    """Whether an artefact can be kept. It is tried here, while the others are being built."""
+    try:
+        if isinstance(backend, Checking):
+            backend.check(folder)
+    except PreflightError:
+        return False
+    return True
 
 
 def _missing(

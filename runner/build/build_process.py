@@ -115,7 +115,7 @@ def build_ordered(device: torch.device, lines: Iterable[str]) -> Iterator[float 
     Yields:
         For each order the seconds that it took; None: it cannot be built.
     """
-    backends = Backends(device)
+    backends = Backends(device, checks=False)
     for line in lines:
         order = Order(**json.loads(line))
         program = torch.export.load(order.program)

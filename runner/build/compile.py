@@ -111,7 +111,7 @@ def _begin(context: ParallelContext, phase: Phase, name: str) -> None:
     phase.name = name
     phase.progress.enter(Doing.COMPILING)
     if context.rank == 0:
-        announce(name)
+        announce(name, started_s=phase.started_s)
 
 
 @contextmanager

@@ -56,7 +56,10 @@ class Progress:
         print(line, file=self._stream, flush=True)
 
 
-def announce(phase: str) -> None:
-    """Tell on standard error what begins now."""
-    line = phase if sys.stderr.isatty() else json.dumps({"event": "phase", "phase": phase})
+def announce(phase: str, *, started_s: float) -> None:
+    """Tell on standard error what begins now, and how long after the start."""
+    elapsed = time.monotonic() - started_s
+    line = f"{phase} (after {elapsed:.0f} s)"
+    if not sys.stderr.isatty():
+        line = json.dumps({"event": "phase", "phase": phase, "elapsed_s": round(elapsed, 1)})
     print(line, file=sys.stderr, flush=True)

@@ -54,6 +54,19 @@ class Backend(Protocol):
 
 
 @runtime_checkable
+class Checking(Protocol):
+    """A backend whose artefacts can turn out to be of no use on the host that made them."""
+
+    def check(self, folder: Path) -> None:
+        """Try an artefact in a process of its own. One is enough; later ones are not tried.
+
+        Raises:
+            PreflightError: it does not load, nor would others; every later `build` raises it, too.
+        """
+        ...
+
+
+@runtime_checkable
 class Caching(Protocol):
     """A backend that completes its artefacts when they are loaded, and can keep what it made."""
 

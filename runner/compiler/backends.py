@@ -13,14 +13,18 @@ from runner.compiler.backend import Backend, Caching
 class Backends:
     """Makes each backend at its first use, so that one that is not used need not be installed."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, *, checks: bool = True) -> None:
+        """
+        Args:
+            checks: what is built is tried, by those that are `Checking`; False: others do that.
+        """
         from runner.compiler.eager import EagerBackend
         from runner.compiler.inductor import InductorBackend
         from runner.compiler.tensorrt import TensorRTBackend
 
         self._make: dict[str, Callable[[], Backend]] = {
             "eager": EagerBackend,
-            "inductor": partial(InductorBackend, device),
+            "inductor": partial(InductorBackend, device, checks=checks),
             "tensorrt": partial(TensorRTBackend, device),
         }
         self._made: dict[str, Backend] = {}

@@ -7,9 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from rank_jobs import prepare
+from spoilt_compiler import use_spoiler
 from torch import nn
 
 from parallel.context import ParallelContext
+from parallel.errors import PreflightError
 from parallel.launch import RankEnv
 from parallel.topology import Topology
 from runner.build.ahead import build_ahead, count_processes
@@ -109,6 +111,26 @@ def test_what_a_process_dies_of_costs_that_one_alone(
     told = [json.loads(line) for line in capfd.readouterr().err.splitlines() if "artefact" in line]
     assert sorted(one["how"] for one in told) == ["inductor"] * 3 + ["not built"]
     assert [one["done"] for one in told] == [1, 2, 3, 4]
+
+
+@pytest.mark.full
+def test_libraries_that_do_not_load_are_not_kept(
+    context: ParallelContext,
+    builder: BundleBuilder,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    use_spoiler(tmp_path / "spoiler", monkeypatch)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path / "cache"))
+    works = [work(rows) for rows in (1, 2, 3, 4)]
+    inductor = [Backends(CPU)["inductor"]]
+    assert build_ahead(works, inductor, builder, context, num_processes=2) == {}
+    assert not any((builder.folder / "artefacts").glob("*"))
+    told = [json.loads(line) for line in capfd.readouterr().err.splitlines() if "artefact" in line]
+    assert [one["how"] for one in told] == ["not built"] * 4
+    with pytest.raises(PreflightError, match="spoiler makes here do not load"):
+        Chooser(inductor, builder, CPU, 4.0).build(works[0])
 
 
 def test_a_process_has_as_many_threads_as_its_share_of_the_cores() -> None:

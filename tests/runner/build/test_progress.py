@@ -2,8 +2,11 @@
 
 import io
 import json
+import time
 
-from runner.build.progress import Progress
+import pytest
+
+from runner.build.progress import Progress, announce
 
 
 class Terminal(io.StringIO):
@@ -38,3 +41,10 @@ def test_a_line_of_text_on_a_terminal() -> None:
     Progress(0, 4, stream).finished("head x 16", how="eager")
     (line,) = stream.getvalue().splitlines()
     assert line.startswith("rank 0: segment 1 of 4, 25 %, 0 s, 0 s to go: head x 16 (eager)")
+
+
+def test_a_phase_says_how_long_after_the_start(capsys: pytest.CaptureFixture[str]) -> None:
+    announce("compiling", started_s=time.monotonic() - 2.5)
+    told = json.loads(capsys.readouterr().err)
+    assert 2.5 <= told.pop("elapsed_s") < 4
+    assert told == {"event": "phase", "phase": "compiling"}

@@ -4,21 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from spoilt_compiler import use_spoiler
 from torch import nn
 from torch._inductor.exc import CppCompileError
 
 from parallel.errors import PreflightError, UnsupportedSegmentError
 from runner.compiler.inductor import InductorBackend, check_compiler
 from runner.compiler.segment import Segment, TensorSpec
-
-# Links as told, and then spoils the library.
-SPOILER = """#!/bin/sh
-g++ "$@" || exit
-while [ $# -gt 1 ]; do
-  case "$1 $2" in "-o "*.so) echo nonsense > "$2" ;; esac
-  shift
-done
-"""
 
 
 def linear() -> Segment:
@@ -55,9 +47,7 @@ def test_libraries_that_do_not_load_are_found_before_they_are_kept(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     spoiler = tmp_path / "spoiler"
-    spoiler.write_text(SPOILER)
-    spoiler.chmod(0o755)
-    monkeypatch.setenv("CXX", str(spoiler))
+    use_spoiler(spoiler, monkeypatch)
     # It was read when inductor was first imported.
     monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(spoiler)))
     segment = linear()
