@@ -2,7 +2,8 @@
 
 The longest come first, so that no process begins a long one when the others are about to end. Of
 those that choose their kernels by timing, few are built at the same time: they would time each
-other.
+other. The first one of inductor precompiles the headers that all of them include, for which the
+others would only wait, so what another backend builds comes before them meanwhile.
 """
 
 from collections.abc import Iterable
@@ -27,15 +28,19 @@ class Build:
     key: str
 
     @property
+    def is_inductors(self) -> bool:
+        return self.backend == "inductor"
+
+    @property
     def is_tuned(self) -> bool:
         """Whether its kernels are searched by timing; see `runner.compiler.inductor`."""
-        return self.backend == "inductor" and self.segment.num_rows == 1
+        return self.is_inductors and self.segment.num_rows == 1
 
     @property
     def effort(self) -> tuple[bool, bool, int]:
         """Orders builds by how long they take: inductor, which calls compilers, takes longest."""
         num_ops = sum(node.op == "call_function" for node in self.program.graph.nodes)
-        return self.is_tuned, self.backend == "inductor", num_ops
+        return self.is_tuned, self.is_inductors, num_ops
 
     def __str__(self) -> str:
         return f"{self.segment.kind} x {self.segment.num_rows}"
@@ -48,19 +53,23 @@ class Agenda:
         self._waiting = sorted(builds, key=lambda build: build.effort, reverse=True)
         self._most_tuned = most_tuned
         self._num_tuned = 0
+        self._first_of_inductor: Build | None = None
+        self._has_headers = False
         self._changed = Condition()
 
     def take(self) -> Build:
-        """The longest that may begin; waits while there is none. Call it once for each build.
+        """The longest that can begin; waits while there is none. Call it once for each build.
 
         Whoever takes one calls `finished` with it.
         """
         with self._changed:
             while True:
-                for build in self._waiting:
+                for build in sorted(self._waiting, key=self._lacks_headers):
                     if not build.is_tuned or self._num_tuned < self._most_tuned:
                         self._waiting.remove(build)
                         self._num_tuned += build.is_tuned
+                        if build.is_inductors and self._first_of_inductor is None:
+                            self._first_of_inductor = build
                         return build
                 self._changed.wait()
 
@@ -68,4 +77,9 @@ class Agenda:
         """It is built, or cannot be."""
         with self._changed:
             self._num_tuned -= build.is_tuned
+            self._has_headers |= build is self._first_of_inductor
             self._changed.notify_all()
+
+    def _lacks_headers(self, build: Build) -> bool:
+        is_first = self._first_of_inductor is None
+        return build.is_inductors and not is_first and not self._has_headers

@@ -18,7 +18,7 @@ import torch
 from parallel.context import ParallelContext
 from parallel.errors import PreflightError
 from runner.build.agenda import Agenda, Build
-from runner.build.build_process import BuildProcess, Order
+from runner.build.build_process import Answer, BuildProcess, Order
 from runner.build.progress import Progress
 from runner.build.worklist import Work
 from runner.bundle.builder import BundleBuilder
@@ -31,7 +31,7 @@ _FEWEST_BUILDS = 4
 """For fewer it does not pay to start processes, each of which imports PyTorch."""
 _CORES_A_PROCESS = 2
 
-_Done = tuple[Build, Path, float | None]
+_Done = tuple[Build, Path, Answer]
 
 
 def count_processes(world_size: int) -> int:
@@ -71,24 +71,25 @@ def build_ahead(
         progress = Progress(context.rank, len(builds), of="artefact")
         seconds: dict[str, float] = {}
         by_name = {backend.name: backend for backend in backends}
-        for build, folder, took in _built(builds, crew, desk):
-            is_good = took is not None and _passes(by_name[build.backend], folder)
-            if took is not None and is_good:
+        for build, folder, answer in _built(builds, crew, desk):
+            fault = answer.fault or _fault_of(folder, by_name[build.backend])
+            if not fault:
+                assert answer.seconds is not None
                 with builder.artefact(build.key) as target:
                     shutil.copytree(folder, target, dirs_exist_ok=True)
-                seconds[build.key] = took
-            progress.finished(str(build), how=build.backend if is_good else "not built")
+                seconds[build.key] = answer.seconds
+            progress.finished(str(build), how=f"not built: {fault}" if fault else build.backend)
     return seconds
 
 
-def _passes(backend: Backend, folder: Path) -> bool:
-    """Whether an artefact can be kept. It is tried here, while the others are being built."""
+def _fault_of(folder: Path, backend: Backend) -> str:
+    """Why an artefact cannot be kept, if so. It is tried here, while others are being built."""
     try:
         if isinstance(backend, Checking):
             backend.check(folder)
-    except PreflightError:
-        return False
-    return True
+    except PreflightError as error:
+        return str(error)
+    return ""
 
 
 def _missing(
@@ -118,7 +119,7 @@ def _built(builds: Sequence[Build], crew: Sequence[BuildProcess], desk: Path) ->
     """Build everything.
 
     Yields:
-        Each build when it is done, the folder with its files, and its seconds; None: it failed.
+        Each build when it is done, the folder with its files, and what came of it.
     """
     # In this thread: PyTorch saves one program at a time.
     orders = {build.key: _lay_out(build, desk / str(i)) for i, build in enumerate(builds)}

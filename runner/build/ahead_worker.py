@@ -2,13 +2,14 @@
 
     python -m runner.build.ahead_worker DEVICE PARENT_PID
 
-It reads a line for every artefact that it is to build, and prints one when that is done, as JSON:
-the seconds, or null.
+It reads a line for every artefact that it is to build, an `Order`, and prints an `Answer` when that
+is done, both as JSON.
 """
 
 import json
 import os
 import sys
+from dataclasses import asdict
 
 import torch
 
@@ -22,5 +23,5 @@ if __name__ == "__main__":
     # Compilers that are called shall read no order, and what they print goes to standard error.
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(2, 1)
-    for seconds in build_ordered(torch.device(sys.argv[1]), orders):
-        print(json.dumps(seconds), file=answers, flush=True)
+    for answer in build_ordered(torch.device(sys.argv[1]), orders):
+        print(json.dumps(asdict(answer)), file=answers, flush=True)

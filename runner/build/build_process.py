@@ -40,6 +40,19 @@ class Order:
     folder: str
 
 
+@dataclass(frozen=True)
+class Answer:
+    """What came of an order.
+
+    Attributes:
+        seconds: that building took; None: there is no artefact.
+        fault: why not, in a line.
+    """
+
+    seconds: float | None
+    fault: str = ""
+
+
 class BuildProcess:
     """Starts at once, so that it imports PyTorch while there is nothing to build yet."""
 
@@ -52,8 +65,8 @@ class BuildProcess:
         self._num_threads = num_threads
         self._process = self._start()
 
-    def build(self, order: Order) -> float | None:
-        """The seconds that it took; None: it failed. After a process that died comes another."""
+    def build(self, order: Order) -> Answer:
+        """Build it, or find out why not. After a process that died comes another."""
         if self._process.poll() is not None:
             self._stop()
             self._process = self._start()
@@ -66,10 +79,8 @@ class BuildProcess:
         except BrokenPipeError:
             line = ""
         if not line:
-            self._process.wait()
-            return None
-        seconds: float | None = json.loads(line)
-        return seconds
+            return Answer(None, f"its process ended with exit code {self._process.wait()}")
+        return Answer(**json.loads(line))
 
     def __enter__(self) -> Self:
         return self
@@ -106,14 +117,14 @@ class BuildProcess:
                 pipe.close()
 
 
-def build_ordered(device: torch.device, lines: Iterable[str]) -> Iterator[float | None]:
+def build_ordered(device: torch.device, lines: Iterable[str]) -> Iterator[Answer]:
     """What such a process does.
 
     Args:
         lines: an `Order` each.
 
     Yields:
-        For each order the seconds that it took; None: it cannot be built.
+        An answer to each order.
     """
     backends = Backends(device, checks=False)
     for line in lines:
@@ -128,7 +139,7 @@ def build_ordered(device: torch.device, lines: Iterable[str]) -> Iterator[float 
         started = time.monotonic()
         try:
             backends[order.backend].build(segment, program, folder)
-        except (PreflightError, UnsupportedSegmentError):
-            yield None
+        except (PreflightError, UnsupportedSegmentError) as error:
+            yield Answer(None, str(error))
         else:
-            yield time.monotonic() - started
+            yield Answer(time.monotonic() - started)

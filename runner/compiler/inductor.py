@@ -75,6 +75,8 @@ class InductorBackend:
         """
         if self._fault:
             raise PreflightError(self._fault)
+        from torch._inductor.utils import clear_caches  # seconds, which a run need not spend
+
         with (
             tempfile.TemporaryDirectory() as work,
             counted("inductor"),
@@ -87,6 +89,8 @@ class InductorBackend:
                 inputs, _ = program.example_inputs
                 options = self._options(segment.num_rows)
                 options["aot_inductor.output_path"] = str(made)
+                # A kernel that an earlier build had, too, would not be written for this one.
+                clear_caches()
                 torch._inductor.aot_compile(program.module(), inputs, options=options)
             except Exception as error:
                 raise UnsupportedSegmentError(

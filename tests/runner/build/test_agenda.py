@@ -94,6 +94,22 @@ def test_those_that_tune_by_timing_are_few_at_a_time() -> None:
     assert got == ["tuned2"]
 
 
+def test_while_the_headers_are_precompiled_others_build_for_another_backend() -> None:
+    builds = [build(f"library{i}", num_ops=5 - i) for i in range(4)]
+    builds += [build(f"engine{i}", backend="tensorrt", num_ops=5 - i) for i in range(3)]
+    agenda = Agenda(builds)
+    first, *others = (agenda.take() for _ in range(3))
+    assert [first.key, *(one.key for one in others)] == ["library0", "engine0", "engine1"]
+    agenda.finished(others[0])
+    agenda.finished(first)
+    assert [agenda.take().key for _ in range(4)] == ["library1", "library2", "library3", "engine2"]
+
+
+def test_where_there_is_no_other_backend_all_wait_for_the_headers() -> None:
+    agenda = Agenda([build(f"library{i}", num_ops=5 - i) for i in range(3)])
+    assert [agenda.take().key for _ in range(3)] == ["library0", "library1", "library2"]
+
+
 def test_eight_processes_end_nearly_together() -> None:
     """The artefacts of an 8B model with `auto`, and what they took on an H200 when they were built
     in fixed shares: four tuned ones of 24 s, 22 others by inductor and 26 engines.

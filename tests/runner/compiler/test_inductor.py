@@ -17,6 +17,15 @@ def linear() -> Segment:
     return Segment("linear", nn.Linear(8, 4), (TensorSpec((1, 8), torch.float32),))
 
 
+class Scale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(64, device="meta"))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x) * self.weight
+
+
 def test_what_the_compiler_says_first_is_told_in_one_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -58,3 +67,19 @@ def test_libraries_that_do_not_load_are_found_before_they_are_kept(
         with pytest.raises(PreflightError, match="spoiler makes here do not load"):
             backend.build(segment, segment.export("cpu"), folder)
     assert list(folder.iterdir()) == []
+
+
+@pytest.mark.gpu
+def test_a_library_holds_a_kernel_that_an_earlier_one_holds_too(tmp_path: Path) -> None:
+    """Inductor writes a kernel out when it first launches it, and keeps it for the next library."""
+    device = torch.device("cuda", 0)
+    segment = Segment("scale", Scale(), (TensorSpec((8, 64), torch.float32),))
+    backend = InductorBackend(device)
+    x, weight = torch.randn(8, 64, device=device), torch.randn(64, device=device)
+    # In this process, as while the pool of others is still starting.
+    with torch._inductor.config.patch(compile_threads=1):
+        for name in ("first", "second"):
+            (tmp_path / name).mkdir()
+            backend.build(segment, segment.export(device), tmp_path / name)
+    (scaled,) = backend.load(tmp_path / "second", segment)(x, weight)
+    torch.testing.assert_close(scaled, torch.relu(x) * weight)
