@@ -70,6 +70,7 @@ def test_libraries_that_do_not_load_are_found_before_they_are_kept(
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_library_holds_a_kernel_that_an_earlier_one_holds_too(tmp_path: Path) -> None:
     """Inductor writes a kernel out when it first launches it, and keeps it for the next library."""
     device = torch.device("cuda", 0)
