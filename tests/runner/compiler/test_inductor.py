@@ -57,15 +57,15 @@ def test_libraries_that_do_not_load_are_found_before_they_are_kept(
 ) -> None:
     spoiler = tmp_path / "spoiler"
     use_spoiler(spoiler, monkeypatch)
-    # It was read when inductor was first imported.
-    monkeypatch.setattr("torch._inductor.config.cpp.cxx", (None, str(spoiler)))
     segment = linear()
     backend = InductorBackend(torch.device("cpu"))
     folder = tmp_path / "artefact"
     folder.mkdir()
-    for _ in range(2):
-        with pytest.raises(PreflightError, match="spoiler makes here do not load"):
-            backend.build(segment, segment.export("cpu"), folder)
+    # It was read when inductor was first imported.
+    with torch._inductor.config.patch({"cpp.cxx": (None, str(spoiler))}):
+        for _ in range(2):
+            with pytest.raises(PreflightError, match="spoiler makes here do not load"):
+                backend.build(segment, segment.export("cpu"), folder)
     assert list(folder.iterdir()) == []
 
 
