@@ -153,6 +153,7 @@ def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None)
         num_groups=context.topology.num_stages,
         runs_ahead=stage_runner.latest is not None,
         rope_switch_length=job.spec.config.switch_length,
+        buckets=stage_runner.buckets,
     )
     return Engine(scheduler, stage_runner, block_size, TokenExchange(context))
 

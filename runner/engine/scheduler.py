@@ -16,6 +16,7 @@ whether it ends the sequence; if so, that part of the step comes to nothing.
 
 from collections import deque
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Literal, NamedTuple
 
 from parallel.errors import DoesNotFitError
@@ -23,6 +24,7 @@ from runner.engine.kv_blocks import BlockPool
 from runner.engine.logprobs import TokenLogprobs
 from runner.engine.request import Request
 from runner.engine.sequence import NOT_FINITE, FinishReason, Sequence
+from runner.engine.step_size import step_size
 
 
 class Scheduled(NamedTuple):
@@ -65,7 +67,7 @@ class Output(NamedTuple):
 
 Cut = Literal["all", "group", "tokens", "sequences", "blocks", "prefix"]
 """Why a step has no more: there was no more to do, the rest is for the other stages' steps, it has
-`max_num_batched_tokens`, `max_num_seqs` run, the KV cache is full, or those that wait begin with
+as many tokens as it may, `max_num_seqs` run, the KV cache is full, or those that wait begin with
 what this step computes. "group" is also said of one that gave way and has a token under way.
 """
 
@@ -108,15 +110,20 @@ class _Step:
     """A step that is being put together.
 
     Attributes:
+        size: tokens that it may take.
+        budget: of these the ones that are left.
         fresh: keys of the blocks that it fills, which nobody can read before it is over.
     """
 
-    budget: int
+    size: int
     block_size: int
     parts: list[Scheduled] = field(default_factory=list)
     admitted: list[int] = field(default_factory=list)
     fresh: set[bytes] = field(default_factory=set)
     cut: Cut = "all"
+
+    def __post_init__(self) -> None:
+        self.budget = self.size
 
     def put(self, sequence: Sequence) -> None:
         """Add the next pending tokens of a sequence."""
@@ -141,6 +148,7 @@ class Scheduler:
         num_groups: int = 1,
         runs_ahead: bool = False,
         rope_switch_length: int | None = None,
+        buckets: tuple[int, ...] = (),
     ) -> None:
         """
         Args:
@@ -151,6 +159,7 @@ class Scheduler:
                 with one group.
             rope_switch_length: a sequence that grows beyond this is recomputed, with the second
                 variant of its rotary frequencies.
+            buckets: numbers of tokens to which steps are padded, ascending; none: to no other.
         """
         assert num_groups == 1 or not runs_ahead, "groups wait for their tokens"
         self._pool = pool
@@ -159,6 +168,7 @@ class Scheduler:
         self._num_groups = num_groups
         self._runs_ahead = runs_ahead
         self._rope_switch_length = rope_switch_length
+        self._buckets = buckets
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._num_preempted = self._prompt_tokens = self._cached_tokens = 0
@@ -209,7 +219,7 @@ class Scheduler:
 
         Nothing, where all wait for the tokens of steps that are under way.
         """
-        step = _Step(self._max_num_batched_tokens, self._pool.block_size)
+        step = _Step(self._most_tokens(), self._pool.block_size)
         if self._put_running(step):
             self._put_waiting(step)
         else:
@@ -226,11 +236,23 @@ class Scheduler:
                 num_chosen += 1
         return step.parts
 
+    def _most_tokens(self) -> int:
+        """Of the next step; see `step_size`. Only prompts are cut, and of these something waits, or
+        the step before had too little room for one.
+        """
+        has_prompts = self._waiting or (self.last_step and self.last_step.cut == "tokens")
+        if not self._buckets or not has_prompts:
+            return self._max_num_batched_tokens
+        pending = [s.num_pending for s in self._running if self._may_go_on(s)]
+        num_decoding, num_tokens = pending.count(1), sum(pending)
+        num_free = max(0, self._max_num_seqs - len(self._running))
+        num_tokens += sum(s.num_pending for s in islice(self._waiting, num_free))
+        return step_size(self._buckets, num_tokens, num_decoding)
+
     def _summary(self, step: _Step) -> StepSummary:
-        num_tokens = self._max_num_batched_tokens - step.budget
         is_cut = not step.budget and self._has_more(step)
         cut: Cut = "tokens" if is_cut else step.cut
-        return StepSummary(len(step.parts), num_tokens, cut, tuple(step.admitted))
+        return StepSummary(len(step.parts), step.size - step.budget, cut, tuple(step.admitted))
 
     def _has_more(self, step: _Step) -> bool:
         """Whether a step that is full leaves something to do."""

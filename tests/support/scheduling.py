@@ -31,6 +31,7 @@ def scheduler_of(
     num_groups: int = 1,
     runs_ahead: bool = False,
     rope_switch_length: int | None = None,
+    buckets: tuple[int, ...] = (),
 ) -> Scheduler:
     return Scheduler(
         pool or BlockPool(100, 4),
@@ -39,6 +40,7 @@ def scheduler_of(
         num_groups=num_groups,
         runs_ahead=runs_ahead,
         rope_switch_length=rope_switch_length,
+        buckets=buckets,
     )
 
 

@@ -45,6 +45,17 @@ def test_long_prompts_run_in_chunks_beside_those_that_decode() -> None:
     assert step(scheduler) == [(1, 1), (2, 1), (3, 1)]
 
 
+def test_prompts_are_cut_where_most_of_a_step_would_be_padding() -> None:
+    sizes = {"max_num_seqs": 100, "max_num_batched_tokens": 2048, "buckets": (64, 256, 2048)}
+    scheduler = scheduler_of(BlockPool(1000, 16), **sizes)
+    for request_id, prompt_len in ((1, 200), (2, 100), (3, 30)):
+        scheduler.add(request(request_id, prompt_len, 9))
+    assert summaries(scheduler, 1) == [(2, 256, "tokens", (1, 2))]
+    assert step(scheduler) == [(1, 1), (2, 44), (3, 30)]
+    scheduler.add(request(4, 1700, 9))
+    assert step(scheduler) == [(1, 1), (2, 1), (3, 1), (4, 1700)]
+
+
 def summaries(scheduler: Scheduler, count: int) -> list[tuple[int, int, str, tuple[int, ...]]]:
     found = []
     for _ in range(count):

@@ -2,6 +2,7 @@
 
 from collections import deque
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 from hypothesis import given, settings
@@ -9,6 +10,7 @@ from hypothesis import strategies as st
 from scheduling import STOP, commit, request, scheduler_of, token
 
 from parallel.errors import DoesNotFitError
+from runner.compiler.buckets import buckets_of
 from runner.engine.kv_blocks import BlockPool
 from runner.engine.request import Request
 from runner.engine.scheduler import Scheduled
@@ -156,6 +158,7 @@ def _contents(sequence: Sequence, position: int) -> tuple[int, ...]:
     max_num_batched_tokens=st.integers(1, 25),
     groups=st.sampled_from([(1, False), (2, False), (3, False), (1, True)]),
     rope_switch_length=st.sampled_from([None, 9]),
+    is_padded=st.booleans(),
     num_blocks=st.integers(2, 12),
     block_size=st.sampled_from([1, 4]),
 )
@@ -164,21 +167,25 @@ def test_whatever_happens(
     num_blocks: int,
     block_size: int,
     groups: tuple[int, bool],
+    is_padded: bool,
     **sizes: Any,
 ) -> None:
     """Everyone reads what is his own, no block is lost, everyone is served in turn, and two ranks
     never differ.
     """
     sizes |= {"num_groups": groups[0], "runs_ahead": groups[1]}
+    if is_padded:
+        sizes["buckets"] = buckets_of(None, sizes["max_num_batched_tokens"])
     twins = Twins(sizes, num_blocks, block_size)
-    for kind, first, second, family in events:
-        if kind == "add":
-            twins.add(first, second, family)
-        elif kind == "abort":
-            twins.abort(first)
-        elif twins.have_work:
+    with patch("runner.engine.step_size._FLAT", 1):
+        for kind, first, second, family in events:
+            if kind == "add":
+                twins.add(first, second, family)
+            elif kind == "abort":
+                twins.abort(first)
+            elif twins.have_work:
+                twins.step()
+        while twins.have_work:
             twins.step()
-    while twins.have_work:
-        twins.step()
     assert not twins.schedulers[1].has_work
     twins.check_end()

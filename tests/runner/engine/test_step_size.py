@@ -1,0 +1,51 @@
+"""How many tokens a step takes, by hand and at random."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from runner.engine.step_size import step_size
+
+BUCKETS = (1, 8, 32, 128, 256, 2048, 8192)
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_decoding", "size"),
+    [
+        (20_000, 0, 8192),  # more than any step has
+        (8192, 0, 8192),
+        (4096, 0, 2048),  # two full ones instead of one half full
+        (6000, 32, 2048),
+        (7000, 0, 8192),  # four would take as long
+        (300, 0, 256),
+        (170, 42, 256),
+        (33, 0, 128),  # as fast as 32
+        (2049, 2048, 8192),  # all that decode must go on
+        (1, 1, 1),
+    ],
+)
+def test_a_step_is_cut_where_that_saves_a_quarter(
+    num_tokens: int, num_decoding: int, size: int
+) -> None:
+    assert step_size(BUCKETS, num_tokens, num_decoding) == size
+
+
+def test_of_powers_of_two_the_larger_is_taken_from_one_and_a_half_on() -> None:
+    powers = tuple(1 << i for i in range(14))
+    sizes = [step_size(powers, n, 0) for n in (1024, 1025, 1536, 1537, 2047, 2048)]
+    assert sizes == [1024, 1024, 1024, 2048, 2048, 2048]
+
+
+@given(
+    buckets=st.sets(st.integers(1, 9000), min_size=1, max_size=8).map(sorted),
+    num_tokens=st.integers(1, 20_000),
+    data=st.data(),
+)
+def test_a_step_is_full_or_holds_all_and_has_room_for_all_that_decode(
+    buckets: list[int], num_tokens: int, data: st.DataObject
+) -> None:
+    num_decoding = data.draw(st.integers(0, min(num_tokens, buckets[-1])))
+    size = step_size(buckets, num_tokens, num_decoding)
+    assert size in buckets
+    assert size >= num_decoding
+    assert size <= min([b for b in buckets if b >= num_tokens], default=buckets[-1])
