@@ -19,7 +19,19 @@ def shares_beside_kernels(recorded: profile) -> dict[str, float]:
             elif "HtoD" in event.name or "DtoH" in event.name:
                 kind = "copies"
             spans[kind].append((event.time_range.start, event.time_range.end))
-    return {kind: _overlap(spans[kind], spans["kernels"]) for kind in ("carries", "copies")}
+    kernels = _united(spans["kernels"])
+    return {kind: _overlap(spans[kind], kernels) for kind in ("carries", "copies")}
+
+
+def _united(spans: Spans) -> Spans:
+    """The time that they cover, none of it twice: kernels run beside one another, too."""
+    found: Spans = []
+    for start, end in sorted(spans):
+        if found and start <= found[-1][1]:
+            found[-1] = (found[-1][0], max(end, found[-1][1]))
+        else:
+            found.append((start, end))
+    return found
 
 
 def _overlap(spans: Spans, others: Spans) -> float:
