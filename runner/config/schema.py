@@ -47,7 +47,7 @@ class CompileConfig(Section):
 
     buckets: Annotated[list[Count], Field(min_length=1)] | None = None
     """Numbers of tokens that steps are padded to, or of samples of a tensor model, ascending; null
-    means the powers of two. Prompts are cut where a step would be mostly padding."""
+    means the powers of two."""
 
     enforce_eager: bool = False
     """Whether GPUs run every step call by call; false means that decode steps, and all buckets of a
