@@ -11,7 +11,8 @@ if TYPE_CHECKING:
     from runner.build.built import Built
     from runner.build.compile import Outcome
 
-_COLUMNS = ("segment", "rows>", "backend", "ops in TensorRT>", "us>", "build s>", "bytes>", "ranks")
+_CONVERTED = "ops in TensorRT>"
+_COLUMNS = ("segment", "rows>", "backend", _CONVERTED, "us>", "build s>", "bytes>", "ranks")
 
 
 def summary(outcome: "Outcome", output: Path) -> str:
@@ -20,9 +21,11 @@ def summary(outcome: "Outcome", output: Path) -> str:
     unique = {b.key: b for b in built}.values()
     # Segments of two kinds can be one artefact, which is built for the first of them.
     made = {b.key for b in built if b.seconds}
+    has_engines = any(c.backend == "tensorrt" for b in built for c in b.candidates)
+    columns = [column for column in _COLUMNS if has_engines or column != _CONVERTED]
     return "\n".join(
         [
-            *table(_COLUMNS, [_row(b) for b in built]),
+            *table(columns, [_row(b, has_engines=has_engines) for b in built]),
             "",
             f"{plural(len(unique), 'artefact')}, {len(made)} built in "
             f"{sum(b.seconds for b in built):.1f} s of work, {sum(b.num_bytes for b in unique):,} "
@@ -45,14 +48,14 @@ def _refusals(built: "Sequence[Built]") -> Iterator[str]:
         yield f"{backend}: left out of {len(reasons)} of {len(built)} segments; {reasons[0]}"
 
 
-def _row(built: "Built") -> list[str]:
+def _row(built: "Built", *, has_engines: bool) -> list[str]:
     chosen = next(c for c in built.candidates if c.key == built.key)
     converted = built.num_ops if built.backend == "tensorrt" else 0
     return [
         built.kind,
         str(built.num_rows),
         built.backend,
-        f"{converted} of {built.num_ops}",
+        *([f"{converted} of {built.num_ops}"] if has_engines else []),
         "-" if chosen.microseconds is None else f"{chosen.microseconds:.1f}",
         f"{built.seconds:.1f}",
         f"{built.num_bytes:,}",

@@ -18,6 +18,7 @@ from runner.observe.nvml import Inventory, read_inventory
 from runner.observe.software import (
     Software,
     find_flavour,
+    judge_extras,
     judge_nccl,
     judge_torch,
     judge_torch_tensorrt,
@@ -74,7 +75,12 @@ def judge(inventory: Inventory, *, software: Software, host: Host, demanded: int
         *judge_gpus(inventory, software=software, demanded=demanded, in_container=in_container),
         judge_torch(software, has_gpu=bool(inventory.gpus)),
         judge_nccl(software.nccl_version, num_gpus=num_gpus),
-        judge_torch_tensorrt(software.distributions, torch_version=software.torch_version),
+        judge_torch_tensorrt(
+            software.distributions,
+            torch_version=software.torch_version,
+            has_gpu=bool(inventory.gpus),
+        ),
+        judge_extras(software.lacking),
         *judge_host(host, num_gpus=num_gpus, needs_passwd=flavour != "none"),
     )
     return Diagnosis(findings, inventory, _collect_versions(inventory, software=software))

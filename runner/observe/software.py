@@ -1,4 +1,5 @@
-"""The installed packages that shardline runs on: PyTorch, NCCL and the Torch-TensorRT flavour.
+"""The installed packages that shardline runs on: PyTorch, NCCL, the Torch-TensorRT flavour, and
+what its extras ask for.
 
 `torch_tensorrt` is found by its distribution and never imported: its import raises where there is
 no NVIDIA driver. Not here: the driver itself (`nvml`).
@@ -15,6 +16,11 @@ from runner.observe.finding import Finding
 
 # The series that pyproject.toml pins; a test compares the two.
 TORCH_SERIES = (2, 13)
+
+_EXTRAS = ("serve", "bench", "import", "onnx", "images", "volumes", "sign")
+"""What a user may want of this host; the flavours of Torch-TensorRT are judged apart."""
+
+_REQUIRED_BY_EXTRA = re.compile(r"""([\w.-]+).*;.*\bextra == ["']([\w-]+)["']""")
 
 Flavour = Literal["none", "standard", "rtx", "both"]
 
@@ -36,6 +42,8 @@ class Software:
         cuda_error: torch's words where CUDA does not start.
         nccl_version: for example "2.27.5"; None where torch has no NCCL.
         distributions: {normalised name: version} of the TensorRT family.
+        lacking: by extra what it asks for and is not there; empty where shardline itself is not
+            installed.
     """
 
     torch_version: str | None = None
@@ -45,15 +53,17 @@ class Software:
     cuda_error: str | None = None
     nccl_version: str | None = None
     distributions: dict[str, str] = field(default_factory=dict)
+    lacking: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
 
 def read_software() -> Software:
     """Import torch and look up the distributions; takes a second or two."""
-    distributions = find_distributions(metadata.distributions())
+    installed = list(metadata.distributions())
+    distributions, lacking = find_distributions(installed), find_lacking(installed)
     try:
         import torch
     except (ImportError, OSError) as error:
-        return Software(torch_error=str(error), distributions=distributions)
+        return Software(torch_error=str(error), distributions=distributions, lacking=lacking)
     num_gpus, cuda_error = _start_cuda() if torch.version.cuda else (None, None)
     return Software(
         torch_version=str(torch.__version__),
@@ -62,18 +72,36 @@ def read_software() -> Software:
         cuda_error=cuda_error,
         nccl_version=_read_nccl_version(),
         distributions=distributions,
+        lacking=lacking,
     )
 
 
 def find_distributions(installed: Iterable[metadata.Distribution]) -> dict[str, str]:
     """The installed distributions of the TensorRT family as {normalised name: version}."""
-    found = {}
-    for distribution in installed:
-        # Metadata of a half-removed package has no name.
-        name = re.sub(r"[-_.]+", "-", distribution.metadata["Name"] or "").lower()
-        if name.startswith(("torch-tensorrt", "tensorrt")):
-            found[name] = distribution.version
-    return found
+    names = {_normal_name(one): one.version for one in installed}
+    return {n: v for n, v in names.items() if n.startswith(("torch-tensorrt", "tensorrt"))}
+
+
+def find_lacking(installed: Iterable[metadata.Distribution]) -> dict[str, tuple[str, ...]]:
+    """See `Software.lacking`."""
+    by_name = {_normal_name(one): one for one in installed}
+    if "shardline" not in by_name:
+        return {}
+    lacking: dict[str, tuple[str, ...]] = dict.fromkeys(_EXTRAS, ())
+    for requirement in by_name["shardline"].requires or ():
+        found = _REQUIRED_BY_EXTRA.match(requirement)
+        if found and found[2] in lacking and _normal(found[1]) not in by_name:
+            lacking[found[2]] += (found[1],)
+    return lacking
+
+
+def _normal_name(distribution: metadata.Distribution) -> str:
+    """Empty for a half-removed package, whose metadata has no name."""
+    return _normal(distribution.metadata["Name"] or "")
+
+
+def _normal(name: str) -> str:
+    return re.sub(r"[-_.]+", "-", name).lower()
 
 
 def find_flavour(distributions: dict[str, str]) -> Flavour:
@@ -122,12 +150,26 @@ def judge_nccl(version: str | None, *, num_gpus: int) -> Finding:
     return Finding("nccl", "error", f"not in this torch, and {num_gpus} GPUs need it", fix)
 
 
-def judge_torch_tensorrt(distributions: dict[str, str], *, torch_version: str | None) -> Finding:
+def judge_extras(lacking: dict[str, tuple[str, ...]]) -> Finding:
+    """What the extras ask for; each is only needed for what it is named after."""
+    whole = ", ".join(extra for extra, names in lacking.items() if not names)
+    absent = {extra: names for extra, names in lacking.items() if names}
+    if not absent:
+        return Finding("extras", "ok" if whole else "absent", whole or "shardline is not installed")
+    told = ", ".join(f"{extra} (lacks {', '.join(names)})" for extra, names in absent.items())
+    fix = f"where they are wanted: pip install 'shardline[{','.join(absent)}]'"
+    return Finding("extras", "absent", f"{f'{whole}; ' if whole else ''}not there: {told}", fix)
+
+
+def judge_torch_tensorrt(
+    distributions: dict[str, str], *, torch_version: str | None, has_gpu: bool
+) -> Finding:
     """One flavour of Torch-TensorRT, with its TensorRT, of torch's own series; none is allowed."""
     flavour = find_flavour(distributions)
     if flavour == "none":
         detail = "none; the backends inductor and eager remain"
-        return Finding("torch_tensorrt", "absent", detail, "pip install 'shardline[rtx]'")
+        fix = "pip install 'shardline[rtx]'" if has_gpu else None
+        return Finding("torch_tensorrt", "absent", detail, fix)
     if flavour == "both":
         names = " and ".join(_TORCH_TENSORRT.values())
         fix = "pip uninstall torch-tensorrt torch-tensorrt-rtx, then install one of them"

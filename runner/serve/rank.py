@@ -1,5 +1,6 @@
 """The life of a rank of a server: rank 0 meets the clients, the others follow its steps."""
 
+import os
 import signal
 import sys
 import time
@@ -79,6 +80,8 @@ class _Drain:
         if self._ends_early and self._front.state == "starting":
             raise Interrupted(signum)
         self._ends_at = time.monotonic() + self._timeout_s
+        says = f"shardline: told to end; open requests have {self._timeout_s:g} s to be answered\n"
+        os.write(sys.stderr.fileno(), says.encode())  # whatever `sys.stderr` was busy with
         self._front.drain(self._timeout_s)
 
     def left_s(self) -> float:

@@ -64,6 +64,12 @@ def test_a_line_a_segment_then_totals_and_the_comparison() -> None:
     assert lines[7:] == ["/out"]
 
 
+def test_where_tensorrt_was_no_candidate_it_has_no_column() -> None:
+    lines = summary(Outcome((KEPT,), PASSED), Path("/out")).splitlines()
+    assert lines[0].split() == ["segment", "rows", "backend", "us", "build", "s", "bytes", "ranks"]
+    assert lines[1].split() == ["add", "1", "eager", "-", "0.0", "0", "1"]
+
+
 def test_candidates_that_could_not_run_are_told_with_the_first_reason() -> None:
     refused = Candidate("inductor", "", None, None, "no header")
     without = replace(MEASURED, candidates=(refused, MEASURED.candidates[1]))

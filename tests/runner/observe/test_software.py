@@ -8,11 +8,14 @@ from pathlib import Path
 import pytest
 import torch
 
+from runner.observe.finding import Finding
 from runner.observe.software import (
     TORCH_SERIES,
     Software,
     find_distributions,
     find_flavour,
+    find_lacking,
+    judge_extras,
     judge_nccl,
     judge_torch,
     judge_torch_tensorrt,
@@ -25,11 +28,18 @@ RTX = {"torch-tensorrt-rtx": "2.13.0", "tensorrt-rtx": "1.5.0.114"}
 NAMED_SERIES = ".".join(map(str, TORCH_SERIES))
 
 
-def install(site: Path, name: str, version: str) -> None:
+def judged(distributions: dict[str, str], version: str = "2.13.0") -> Finding:
+    """On a host with a GPU."""
+    return judge_torch_tensorrt(distributions, torch_version=version, has_gpu=True)
+
+
+def install(site: Path, name: str, version: str, *requirements: str) -> None:
     """Lay down the metadata that an installed distribution leaves."""
     folder = site / f"{name.replace('-', '_')}-{version}.dist-info"
     folder.mkdir()
-    (folder / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n")
+    lines = ["Metadata-Version: 2.1", f"Name: {name}", f"Version: {version}"]
+    lines += [f"Requires-Dist: {requirement}" for requirement in requirements]
+    (folder / "METADATA").write_text("\n".join(lines) + "\n")
 
 
 def test_the_series_is_the_one_that_the_project_pins() -> None:
@@ -57,6 +67,38 @@ def test_distributions_are_found_by_metadata_and_normalised(tmp_path: Path) -> N
     }
 
 
+def test_what_an_extra_lacks_is_named(tmp_path: Path) -> None:
+    install(
+        tmp_path,
+        "shardline",
+        "0.1.0",
+        "typer>=0.15",
+        'fastapi>=0.115; extra == "serve"',
+        'uvicorn>=0.30; python_version > "3" and extra == "serve"',
+        'onnx2torch>=1.5; extra == "onnx"',
+        'ruff>=0.8; extra == "dev"',
+    )
+    install(tmp_path, "Fast_API", "0.165.0")
+    install(tmp_path, "onnx2torch", "1.5.15")
+    path = [str(tmp_path)]
+    lacking = find_lacking(importlib.metadata.distributions(path=path))
+    assert lacking["serve"] == ("fastapi", "uvicorn")
+    assert lacking["onnx"] == ()
+    assert "dev" not in lacking
+    install(tmp_path, "FastAPI", "0.165.0")
+    lacking = find_lacking(importlib.metadata.distributions(path=path))
+    assert lacking["serve"] == ("uvicorn",)
+    found = judge_extras(lacking)
+    assert found.status == "absent"
+    assert found.detail.endswith("; not there: serve (lacks uvicorn)")
+    assert found.fix == "where they are wanted: pip install 'shardline[serve]'"
+
+
+def test_extras_that_are_whole_and_a_shardline_that_is_not_installed() -> None:
+    assert judge_extras({"serve": (), "onnx": ()}).detail == "serve, onnx"
+    assert judge_extras(find_lacking([])).detail == "shardline is not installed"
+
+
 @pytest.mark.parametrize(
     ("distributions", "flavour"),
     [
@@ -73,24 +115,25 @@ def test_flavours(distributions: dict[str, str], flavour: str) -> None:
 
 def test_one_whole_flavour_is_ok_and_none_is_absent() -> None:
     for distributions in (STANDARD, RTX):
-        assert judge_torch_tensorrt(distributions, torch_version="2.13.1+cu130").status == "ok"
-    none = judge_torch_tensorrt({}, torch_version="2.13.0")
+        assert judged(distributions, "2.13.1+cu130").status == "ok"
+    none = judged({})
     assert (none.status, none.fix) == ("absent", "pip install 'shardline[rtx]'")
+    assert judge_torch_tensorrt({}, torch_version="2.13.0", has_gpu=False).fix is None
 
 
 def test_both_flavours_are_an_error() -> None:
-    both = judge_torch_tensorrt({**STANDARD, **RTX}, torch_version="2.13.0")
+    both = judged({**STANDARD, **RTX})
     assert both.status == "error"
     assert "pip uninstall torch-tensorrt torch-tensorrt-rtx" in (both.fix or "")
 
 
 def test_a_flavour_of_another_series_or_without_its_library() -> None:
-    older = judge_torch_tensorrt({**RTX, "torch-tensorrt-rtx": "2.11.0"}, torch_version="2.13.0")
+    older = judged({**RTX, "torch-tensorrt-rtx": "2.11.0"})
     assert older.status == "error"
     assert older.fix == "pip install 'torch-tensorrt-rtx==2.13.*'"
     # The other flavour's library does not do.
     mixed = {"torch-tensorrt-rtx": "2.13.0", "tensorrt-cu13": "10.16.0"}
-    alone = judge_torch_tensorrt(mixed, torch_version="2.13.0")
+    alone = judged(mixed)
     assert (alone.status, alone.fix) == ("error", "pip install tensorrt-rtx")
 
 
