@@ -428,7 +428,7 @@ def test_sigterm_lets_streams_end_and_takes_no_more(model: Path, tmp_path: Path)
             assert first.choices[0].finish_reason is None
         assert server.process.wait(20) == 0, "".join(server.said)
         told = [line for line in server.said if "told to end" in line]
-        assert told == ["shardline: told to end; open requests have 30 s to be answered\n"]
+        assert told == ["shardline: told to end; open requests have 60 s to be answered\n"]
     assert run_command("health", "--url", server.url).returncode == 1
 
 
