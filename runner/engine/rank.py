@@ -19,6 +19,7 @@ from runner.engine.loading import load_stage
 from runner.engine.scheduler import Output, Scheduler
 from runner.engine.stage_runner import StageRunner
 from runner.engine.step_profile import StepProfile
+from runner.engine.step_size import StepSizes
 from runner.engine.token_exchange import TokenExchange
 from runner.joining import annotation, as_rank, confine, join, spare_collector
 from runner.models.attention_choice import fit_block_size
@@ -146,6 +147,9 @@ def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None)
     if may_run_ahead(context):
         stage_runner.keep_latest(config.scheduler.max_num_seqs)
     capture_decoding(job, stage_runner)
+    sizes = None
+    if stage_runner.buckets:
+        sizes = StepSizes.of(job.plan, stage_runner.buckets, context.device.type)
     scheduler = Scheduler(
         BlockPool(num_blocks, block_size),
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -153,7 +157,7 @@ def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None)
         num_groups=context.topology.num_stages,
         runs_ahead=stage_runner.latest is not None,
         rope_switch_length=job.spec.config.switch_length,
-        buckets=stage_runner.buckets,
+        sizes=sizes,
     )
     return Engine(scheduler, stage_runner, block_size, TokenExchange(context))
 

@@ -24,7 +24,7 @@ from runner.engine.kv_blocks import BlockPool
 from runner.engine.logprobs import TokenLogprobs
 from runner.engine.request import Request
 from runner.engine.sequence import NOT_FINITE, FinishReason, Sequence
-from runner.engine.step_size import step_size
+from runner.engine.step_size import StepSizes
 
 
 class Scheduled(NamedTuple):
@@ -148,7 +148,7 @@ class Scheduler:
         num_groups: int = 1,
         runs_ahead: bool = False,
         rope_switch_length: int | None = None,
-        buckets: tuple[int, ...] = (),
+        sizes: StepSizes | None = None,
     ) -> None:
         """
         Args:
@@ -159,7 +159,7 @@ class Scheduler:
                 with one group.
             rope_switch_length: a sequence that grows beyond this is recomputed, with the second
                 variant of its rotary frequencies.
-            buckets: numbers of tokens to which steps are padded, ascending; none: to no other.
+            sizes: that steps are padded to; None: they are not.
         """
         assert num_groups == 1 or not runs_ahead, "groups wait for their tokens"
         self._pool = pool
@@ -168,7 +168,7 @@ class Scheduler:
         self._num_groups = num_groups
         self._runs_ahead = runs_ahead
         self._rope_switch_length = rope_switch_length
-        self._buckets = buckets
+        self._sizes = sizes
         self._waiting: deque[Sequence] = deque()
         self._running: list[Sequence] = []
         self._num_preempted = self._prompt_tokens = self._cached_tokens = 0
@@ -237,17 +237,17 @@ class Scheduler:
         return step.parts
 
     def _most_tokens(self) -> int:
-        """Of the next step; see `step_size`. Only prompts are cut, and of these something waits, or
+        """Of the next step; see `StepSizes`. Only prompts are cut, and of these something waits, or
         the step before had too little room for one.
         """
         has_prompts = self._waiting or (self.last_step and self.last_step.cut == "tokens")
-        if not self._buckets or not has_prompts:
+        if not self._sizes or not has_prompts:
             return self._max_num_batched_tokens
         pending = [s.num_pending for s in self._running if self._may_go_on(s)]
         num_decoding, num_tokens = pending.count(1), sum(pending)
         num_free = max(0, self._max_num_seqs - len(self._running))
         num_tokens += sum(s.num_pending for s in islice(self._waiting, num_free))
-        return step_size(self._buckets, num_tokens, num_decoding)
+        return self._sizes.choose(num_tokens, num_decoding)
 
     def _summary(self, step: _Step) -> StepSummary:
         is_cut = not step.budget and self._has_more(step)

@@ -1,32 +1,64 @@
 """How many tokens a step takes, where it is padded to one of the numbers of rows compiled for."""
 
 from bisect import bisect_left
-from collections.abc import Sequence
+from dataclasses import dataclass
+
+from parallel.decoder_plan import DecoderPlan
+from parallel.plan import DTYPE_BYTES
 
 _FLAT = 256
 """Rows up to which a step takes about as long as one of a single row, for it reads all weights."""
 
 _WORTH = 0.75
-"""Of the rows of one step those of several must be at most so many: each has its own overhead."""
+"""Several steps must take at most so much of the time of one, which is only estimated."""
+
+_LAYER_S = 2e-4
+"""What the host takes for a layer of a step that is run call by call, at most."""
+
+_FLOP_PER_S = {"cuda": 1e15, "cpu": 1e12}
+"""More than devices reach in half precision: where steps are shorter, cutting pays all the more."""
 
 
-def step_size(buckets: Sequence[int], num_tokens: int, num_decoding: int) -> int:
-    """The most tokens of the next step: all that wait, or so many of the prompts' that several
-    steps that are nearly full take less than one that is mostly padding.
+@dataclass(frozen=True)
+class StepSizes:
+    """The sizes that steps have.
 
-    Args:
+    Attributes:
         buckets: numbers of rows, ascending.
-        num_tokens: that wait; where there are more than the largest bucket has rows, that is full.
-        num_decoding: of these the ones of sequences that decode: one in every step for each.
+        overhead: so many rows take as long as what each step costs beside its rows.
     """
-    place = bisect_left(buckets, num_tokens)
-    if place in (0, len(buckets)):
-        return buckets[min(place, len(buckets) - 1)]
-    whole, lower = buckets[place], buckets[place - 1]
-    if lower <= num_decoding:
-        return whole
-    num_full, rest = divmod(num_tokens - num_decoding, lower - num_decoding)
-    rows = num_full * max(lower, _FLAT)
-    if rest:
-        rows += max(buckets[bisect_left(buckets, rest + num_decoding)], _FLAT)
-    return lower if rows <= _WORTH * max(whole, _FLAT) else whole
+
+    buckets: tuple[int, ...]
+    overhead: float = 0.0
+
+    @classmethod
+    def of(cls, plan: DecoderPlan, buckets: tuple[int, ...], device_type: str) -> "StepSizes":
+        """By what the largest rank computes; equal on all ranks."""
+        num_weights = max(r.weight_bytes for r in plan.ranks) / DTYPE_BYTES[plan.dtype]
+        num_layers = max(len(stage.layers) for stage in plan.stages)
+        row_s = 2 * num_weights / _FLOP_PER_S[device_type]
+        return cls(buckets, num_layers * _LAYER_S / row_s)
+
+    def choose(self, num_tokens: int, num_decoding: int) -> int:
+        """The most tokens of the next step: all that wait, or so many of the prompts' that several
+        steps that are nearly full take less than one that is mostly padding.
+
+        Args:
+            num_tokens: that wait; where they are more than the largest bucket, that is full.
+            num_decoding: of these the ones of sequences that decode: one in every step for each.
+        """
+        place = bisect_left(self.buckets, num_tokens)
+        if place in (0, len(self.buckets)):
+            return self.buckets[min(place, len(self.buckets) - 1)]
+        whole, lower = self.buckets[place], self.buckets[place - 1]
+        if lower <= num_decoding:
+            return whole
+        num_full, rest = divmod(num_tokens - num_decoding, lower - num_decoding)
+        cost = num_full * self._cost(lower)
+        if rest:
+            cost += self._cost(self.buckets[bisect_left(self.buckets, rest + num_decoding)])
+        return lower if cost <= _WORTH * self._cost(whole) else whole
+
+    def _cost(self, num_rows: int) -> float:
+        """Of a step, in rows."""
+        return max(num_rows, _FLAT) + self.overhead

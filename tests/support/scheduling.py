@@ -6,6 +6,7 @@ from runner.engine.kv_blocks import BlockPool
 from runner.engine.request import Request
 from runner.engine.scheduler import Output, Scheduled, Scheduler
 from runner.engine.sequence import NOT_FINITE
+from runner.engine.step_size import StepSizes
 
 STOP, FAULT = 0, 16
 
@@ -31,7 +32,7 @@ def scheduler_of(
     num_groups: int = 1,
     runs_ahead: bool = False,
     rope_switch_length: int | None = None,
-    buckets: tuple[int, ...] = (),
+    sizes: StepSizes | None = None,
 ) -> Scheduler:
     return Scheduler(
         pool or BlockPool(100, 4),
@@ -40,7 +41,7 @@ def scheduler_of(
         num_groups=num_groups,
         runs_ahead=runs_ahead,
         rope_switch_length=rope_switch_length,
-        buckets=buckets,
+        sizes=sizes,
     )
 
 

@@ -17,6 +17,7 @@ from runner.engine.kv_blocks import BlockPool
 from runner.engine.request import Request
 from runner.engine.scheduler import Output, Scheduler
 from runner.engine.sequence import NOT_FINITE, Sequence
+from runner.engine.step_size import StepSizes
 
 
 def step(scheduler: Scheduler) -> list[tuple[int, int]]:
@@ -46,8 +47,8 @@ def test_long_prompts_run_in_chunks_beside_those_that_decode() -> None:
 
 
 def test_prompts_are_cut_where_most_of_a_step_would_be_padding() -> None:
-    sizes = {"max_num_seqs": 100, "max_num_batched_tokens": 2048, "buckets": (64, 256, 2048)}
-    scheduler = scheduler_of(BlockPool(1000, 16), **sizes)
+    sizes = StepSizes((64, 256, 2048))
+    scheduler = scheduler_of(BlockPool(1000, 16), max_num_batched_tokens=2048, sizes=sizes)
     for request_id, prompt_len in ((1, 200), (2, 100), (3, 30)):
         scheduler.add(request(request_id, prompt_len, 9))
     assert summaries(scheduler, 1) == [(2, 256, "tokens", (1, 2))]

@@ -15,6 +15,7 @@ from runner.engine.kv_blocks import BlockPool
 from runner.engine.request import Request
 from runner.engine.scheduler import Scheduled
 from runner.engine.sequence import Sequence
+from runner.engine.step_size import StepSizes
 
 EVENTS = st.lists(
     st.one_of(
@@ -175,7 +176,7 @@ def test_whatever_happens(
     """
     sizes |= {"num_groups": groups[0], "runs_ahead": groups[1]}
     if is_padded:
-        sizes["buckets"] = buckets_of(None, sizes["max_num_batched_tokens"])
+        sizes["sizes"] = StepSizes(buckets_of(None, sizes["max_num_batched_tokens"]))
     twins = Twins(sizes, num_blocks, block_size)
     with patch("runner.engine.step_size._FLAT", 1):
         for kind, first, second, family in events:
