@@ -58,13 +58,13 @@ class Agenda:
         self._changed = Condition()
 
     def take(self) -> Build:
-        """The longest that can begin; waits while there is none. Call it once for each build.
+        """The next one that may begin; waits while there is none. Call it once for each build.
 
         Whoever takes one calls `finished` with it.
         """
         with self._changed:
             while True:
-                for build in sorted(self._waiting, key=self._lacks_headers):
+                for build in sorted(self._waiting, key=self._comes_later):
                     if not build.is_tuned or self._num_tuned < self._most_tuned:
                         self._waiting.remove(build)
                         self._num_tuned += build.is_tuned
@@ -80,6 +80,7 @@ class Agenda:
             self._has_headers |= build is self._first_of_inductor
             self._changed.notify_all()
 
-    def _lacks_headers(self, build: Build) -> bool:
+    def _comes_later(self, build: Build) -> bool:
+        """Whether it would wait for headers that another one is precompiling."""
         is_first = self._first_of_inductor is None
         return build.is_inductors and not is_first and not self._has_headers

@@ -7,7 +7,7 @@ What a process could not build is left out here: `Chooser` meets it again, and s
 import os
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack
 from pathlib import Path
@@ -71,8 +71,11 @@ def build_ahead(
         progress = Progress(context.rank, len(builds), of="artefact")
         seconds: dict[str, float] = {}
         by_name = {backend.name: backend for backend in backends}
-        for build, folder, answer in _built(builds, crew, desk):
-            fault = answer.fault or _fault_of(folder, by_name[build.backend])
+        faults: dict[str, str] = {}
+        for build, folder, answer in _built(builds, crew, desk, faults):
+            fault = answer.fault
+            if not fault and (fault := _fault_of(folder, by_name[build.backend])):
+                faults[build.backend] = fault
             if not fault:
                 assert answer.seconds is not None
                 with builder.artefact(build.key) as target:
@@ -115,8 +118,16 @@ def _missing(
                 yield Build(backend.name, work.segment, program, key)
 
 
-def _built(builds: Sequence[Build], crew: Sequence[BuildProcess], desk: Path) -> Iterator[_Done]:
+def _built(
+    builds: Sequence[Build],
+    crew: Sequence[BuildProcess],
+    desk: Path,
+    faults: Mapping[str, str],
+) -> Iterator[_Done]:
     """Build everything.
+
+    Args:
+        faults: by backend, what is found meanwhile to be wrong with all that it builds.
 
     Yields:
         Each build when it is done, the folder with its files, and what came of it.
@@ -133,7 +144,9 @@ def _built(builds: Sequence[Build], crew: Sequence[BuildProcess], desk: Path) ->
         order = orders[build.key]
         try:
             with counted(build.backend):
-                return build, Path(order.folder), process.build(order)
+                fault = faults.get(build.backend)
+                answer = Answer(None, fault) if fault else process.build(order)
+                return build, Path(order.folder), answer
         finally:
             idle.put(process)
             agenda.finished(build)

@@ -22,7 +22,7 @@ from runner.compiler.backend import Compiled
 from runner.compiler.counter import counted
 from runner.compiler.host import target_of
 from runner.compiler.segment import Segment
-from runner.compiler.tensorrt_complaints import explain, quiet, shorten
+from runner.compiler.tensorrt_complaints import Complaints, explain, quiet, shorten
 from runner.compiler.tensorrt_install import Install, find_install
 from runner.compiler.tensorrt_io import ENGINE_FILE, EngineIO, specs_of
 from runner.compiler.tensorrt_products import FORMS, reform
@@ -208,14 +208,20 @@ def _build_within(
         try:
             engine = _convert(torch_tensorrt, program, settings)
         except Exception as error:
-            refusal = _unsupported(kind, explain(error, said))
-            if settings.workspace_bytes and said.lacks_workspace:
-                raise _WorkspaceError(str(refusal)) from error
-            raise refusal from error
+            raise _refusal(kind, explain(error, said), said, settings) from error
     # A network that TensorRT complained of can still come out as an engine: of something else.
     if said.errors:
-        raise _unsupported(kind, f"TensorRT refused its network ({shorten(said.errors[0])})")
+        reason = f"TensorRT refused its network ({shorten(said.errors[0])})"
+        raise _refusal(kind, reason, said, settings)
     return engine
+
+
+def _refusal(
+    kind: str, reason: str, said: Complaints, settings: BuildSettings
+) -> UnsupportedSegmentError:
+    error = _unsupported(kind, reason)
+    is_tight = settings.workspace_bytes and said.lacks_workspace
+    return _WorkspaceError(str(error)) if is_tight else error
 
 
 def _fault_of_outputs(program: torch.export.ExportedProgram) -> str | None:

@@ -237,17 +237,26 @@ class Scheduler:
         return step.parts
 
     def _most_tokens(self) -> int:
-        """Of the next step; see `StepSizes`. Only prompts are cut, and of these something waits, or
-        the step before had too little room for one.
+        """Of the next step; see `StepSizes`.
+
+        Only prompts are cut, and of these something waits, or the step before had too little room
+        for one. Those that decode must all find room, so none is cut where another than the last
+        has more than a token to compute. What waits counts whole, even if the cache knows some.
         """
         has_prompts = self._waiting or (self.last_step and self.last_step.cut == "tokens")
-        if not self._sizes or not has_prompts:
+        if self._sizes is None or not has_prompts:
             return self._max_num_batched_tokens
-        pending = [s.num_pending for s in self._running if self._may_go_on(s)]
-        num_decoding, num_tokens = pending.count(1), sum(pending)
-        num_free = max(0, self._max_num_seqs - len(self._running))
-        num_tokens += sum(s.num_pending for s in islice(self._waiting, num_free))
-        return self._sizes.choose(num_tokens, num_decoding)
+        running = [s for s in self._running if self._may_go_on(s)]
+        pending = [s.num_pending for s in running]
+        if any(n > 1 for n in pending[:-1]) or any(map(self._outgrows_rope, running)):
+            return self._max_num_batched_tokens
+        num_free = max(0, self._max_num_seqs - self._num_seated())
+        num_tokens = sum(pending) + sum(s.num_pending for s in islice(self._waiting, num_free))
+        return self._sizes.cut(num_tokens, pending.count(1)) or self._max_num_batched_tokens
+
+    def _num_seated(self) -> int:
+        """Who only waits for the last tokens to be read needs no seat any more."""
+        return sum(not sequence.will_be_over for sequence in self._running)
 
     def _summary(self, step: _Step) -> StepSummary:
         is_cut = not step.budget and self._has_more(step)
@@ -329,8 +338,7 @@ class Scheduler:
         if not self._waiting:
             return  # The usual case.
         num_known, num_held = len(self._running) + len(self._waiting), 0
-        # Who only waits for the last tokens to be read needs no seat any more.
-        num_seated = sum(not sequence.will_be_over for sequence in self._running)
+        num_seated = self._num_seated()
         most = self._share(min(num_known, self._max_num_seqs))
         while step.budget and num_held < len(self._waiting):
             first = self._waiting[num_held]

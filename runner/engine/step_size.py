@@ -1,4 +1,4 @@
-"""How many tokens a step takes, where it is padded to one of the numbers of rows compiled for."""
+"""Whether a step is cut, where steps are padded to one of the numbers of rows compiled for."""
 
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ _LAYER_S = 2e-4
 """What the host takes for a layer of a step that is run call by call, at most."""
 
 _FLOP_PER_S = {"cuda": 1e15, "cpu": 1e12}
-"""More than devices reach in half precision: where steps are shorter, cutting pays all the more."""
+"""What devices reach in half precision, roughly; to cut steps pays more on one that is slower."""
 
 
 @dataclass(frozen=True)
@@ -35,13 +35,13 @@ class StepSizes:
     def of(cls, plan: DecoderPlan, buckets: tuple[int, ...], device_type: str) -> "StepSizes":
         """By what the largest rank computes; equal on all ranks."""
         num_weights = max(r.weight_bytes for r in plan.ranks) / DTYPE_BYTES[plan.dtype]
-        num_layers = max(len(stage.layers) for stage in plan.stages)
+        num_layers = max(stop - start for start, stop in (stage.layers for stage in plan.stages))
         row_s = 2 * num_weights / _FLOP_PER_S[device_type]
         return cls(buckets, num_layers * _LAYER_S / row_s)
 
-    def choose(self, num_tokens: int, num_decoding: int) -> int:
-        """The most tokens of the next step: all that wait, or so many of the prompts' that several
-        steps that are nearly full take less than one that is mostly padding.
+    def cut(self, num_tokens: int, num_decoding: int) -> int | None:
+        """The most tokens of the next step, where several smaller steps are estimated to take three
+        quarters of the time of one, or less; None: they do not.
 
         Args:
             num_tokens: that wait; where they are more than the largest bucket, that is full.
@@ -49,15 +49,15 @@ class StepSizes:
         """
         place = bisect_left(self.buckets, num_tokens)
         if place in (0, len(self.buckets)):
-            return self.buckets[min(place, len(self.buckets) - 1)]
+            return None
         whole, lower = self.buckets[place], self.buckets[place - 1]
         if lower <= num_decoding:
-            return whole
+            return None
         num_full, rest = divmod(num_tokens - num_decoding, lower - num_decoding)
         cost = num_full * self._cost(lower)
         if rest:
             cost += self._cost(self.buckets[bisect_left(self.buckets, rest + num_decoding)])
-        return lower if cost <= _WORTH * self._cost(whole) else whole
+        return lower if cost <= _WORTH * self._cost(whole) else None
 
     def _cost(self, num_rows: int) -> float:
         """Of a step, in rows."""

@@ -42,8 +42,8 @@ class Software:
         cuda_error: torch's words where CUDA does not start.
         nccl_version: for example "2.27.5"; None where torch has no NCCL.
         distributions: {normalised name: version} of the TensorRT family.
-        lacking: by extra what it asks for and is not there; empty where shardline itself is not
-            installed.
+        lacking: by extra the names of what it asks for and is not there, whatever its version;
+            empty where shardline itself is not installed.
     """
 
     torch_version: str | None = None

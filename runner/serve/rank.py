@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from contextlib import suppress
 
 from parallel.launch import Interrupted, RankEnv, first_signal_calls
 from runner.engine.rank import run_rank
@@ -80,9 +81,10 @@ class _Drain:
         if self._ends_early and self._front.state == "starting":
             raise Interrupted(signum)
         self._ends_at = time.monotonic() + self._timeout_s
-        says = f"shardline: told to end; open requests have {self._timeout_s:g} s to be answered\n"
-        os.write(sys.stderr.fileno(), says.encode())  # whatever `sys.stderr` was busy with
         self._front.drain(self._timeout_s)
+        says = f"shardline: told to end; open requests have {self._timeout_s:g} s to be answered\n"
+        with suppress(OSError):  # Nobody reads it any more.
+            os.write(sys.stderr.fileno(), says.encode())  # whatever `sys.stderr` was busy with
 
     def left_s(self) -> float:
         """How long clients may still take to read."""

@@ -57,6 +57,50 @@ def test_prompts_are_cut_where_most_of_a_step_would_be_padding() -> None:
     assert step(scheduler) == [(1, 1), (2, 1), (3, 1), (4, 1700)]
 
 
+def test_a_prompt_takes_the_seat_of_one_that_ends_whole_and_not_in_scraps() -> None:
+    sizes = StepSizes((1, 8, 32, 128, 256, 2048))
+    scheduler = scheduler_of(
+        BlockPool(1000, 16),
+        max_num_seqs=1,
+        max_num_batched_tokens=2048,
+        runs_ahead=True,
+        sizes=sizes,
+    )
+    scheduler.add(request(1, 10, 1))
+    scheduler.add(request(2, 1900, 2))
+    first = scheduler.schedule()
+    assert shape(scheduler.schedule()) == [(2, 1900)]
+    commit(scheduler, first)
+
+
+def test_one_that_is_computed_again_leaves_those_behind_it_their_tokens() -> None:
+    scheduler = scheduler_of(
+        BlockPool(1000, 16),
+        max_num_batched_tokens=2048,
+        rope_switch_length=400,
+        sizes=StepSizes((1, 8, 256, 2048)),
+    )
+    scheduler.add(request(1, 398, 50))
+    scheduler.add(request(2, 10, 50))
+    shapes = [step(scheduler) for _ in range(4)]
+    assert shapes == [[(1, 256)], [(1, 142), (2, 10)], [(1, 1), (2, 1)], [(1, 1), (2, 1)]]
+    scheduler.add(request(3, 300, 50))
+    # The first has outgrown its frequencies: 256 tokens would have been all its own.
+    assert step(scheduler) == [(1, 401), (2, 1), (3, 300)]
+
+
+def test_a_full_server_still_says_why_a_step_took_no_more() -> None:
+    scheduler = scheduler_of(
+        BlockPool(1000, 16),
+        max_num_seqs=8,
+        sizes=StepSizes((1, 8, 100)),
+        max_num_batched_tokens=100,
+    )
+    for request_id in range(10):
+        scheduler.add(request(request_id, 10, 5))
+    assert [cut for _, _, cut, _ in summaries(scheduler, 3)] == ["sequences"] * 3
+
+
 def summaries(scheduler: Scheduler, count: int) -> list[tuple[int, int, str, tuple[int, ...]]]:
     found = []
     for _ in range(count):

@@ -1,5 +1,6 @@
 """The scheduler at random: what must never happen, whatever comes."""
 
+import copy
 from collections import deque
 from typing import Any
 from unittest.mock import patch
@@ -69,7 +70,11 @@ class Twins:
 
     def step(self) -> None:
         """Schedule; commit the oldest step where there are enough, or where all wait for one."""
+        unpadded = copy.deepcopy(self.schedulers[0])
+        unpadded._sizes = None
         one, other = (scheduler.schedule() for scheduler in self.schedulers)
+        # To cut a step keeps nobody waiting that decodes.
+        assert _decoding(unpadded.schedule()) <= _decoding(one)
         assert [part[1:] for part in one] == [part[1:] for part in other]
         assert [part.sequence for part in one] == [part.sequence for part in other]
         self._check(one)
@@ -144,6 +149,15 @@ class Twins:
             assert STOP not in ids[:-1]
         for pool in self.pools:
             assert sorted(pool.take(pool.num_blocks) or []) == list(range(pool.num_blocks))
+
+
+def _decoding(scheduled: list[Scheduled]) -> set[int]:
+    """Requests that are beyond their prompts and their first token, and have a part in the step."""
+    return {
+        part.sequence.request.request_id
+        for part in scheduled
+        if part.num_tokens == 1 and part.start >= len(part.sequence.request.prompt_ids)
+    }
 
 
 def _contents(sequence: Sequence, position: int) -> tuple[int, ...]:
