@@ -29,6 +29,7 @@ class Build:
 
     @property
     def is_inductors(self) -> bool:
+        """Whether it is a library of inductor."""
         return self.backend == "inductor"
 
     @property
@@ -82,5 +83,5 @@ class Agenda:
 
     def _comes_later(self, build: Build) -> bool:
         """Whether it would wait for headers that another one is precompiling."""
-        is_first = self._first_of_inductor is None
-        return build.is_inductors and not is_first and not self._has_headers
+        are_under_way = self._first_of_inductor is not None and not self._has_headers
+        return build.is_inductors and are_under_way
