@@ -73,8 +73,7 @@ class InductorBackend:
         Raises:
             PreflightError: what the compiler makes on this host does not load.
         """
-        if self._fault:
-            raise PreflightError(self._fault)
+        self._raise_fault()
         from torch._inductor.utils import clear_caches  # seconds, which a run need not spend
 
         with (
@@ -133,8 +132,7 @@ class InductorBackend:
         """
         if self._loads:
             return
-        if self._fault:
-            raise PreflightError(self._fault)
+        self._raise_fault()
         done = subprocess.run(
             [sys.executable, "-c", _LOAD, self._device.type, str(library), str(self._device)],
             capture_output=True,
@@ -147,8 +145,13 @@ class InductorBackend:
                 f"backend inductor: the libraries that {compiler()} makes here do not load "
                 f"({reason}); use another compiler (CXX), or another backend"
             )
-            raise PreflightError(self._fault)
+            self._raise_fault()
         self._loads = True
+
+    def _raise_fault(self) -> None:
+        """What was found once is true of every library."""
+        if self._fault:
+            raise PreflightError(self._fault)
 
     def _options(self, num_rows: int) -> dict[str, Any]:
         if self._device.type == "cpu":

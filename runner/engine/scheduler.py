@@ -239,18 +239,20 @@ class Scheduler:
     def _most_tokens(self) -> int:
         """Of the next step; see `StepSizes`.
 
-        Only prompts are cut, and of these something waits, or the step before had too little room
-        for one. Those that decode must all find room, so none is cut where another than the last
-        has more than a token to compute. What waits counts whole, even if the cache knows some.
+        Only prompts are cut: those that find a seat, and one for which the step before had too
+        little room. Those that decode must all find room, so none is cut where another than the
+        last has more than a token to compute. What waits counts whole, also what the cache knows.
         """
-        has_prompts = self._waiting or (self.last_step and self.last_step.cut == "tokens")
-        if self._sizes is None or not has_prompts:
+        if self._sizes is None:
             return self._max_num_batched_tokens
+        num_free = max(0, self._max_num_seqs - self._num_seated()) if self._waiting else 0
+        goes_on = self.last_step is not None and self.last_step.cut == "tokens"
+        if not num_free and not goes_on:
+            return self._max_num_batched_tokens  # The usual case.
         running = [s for s in self._running if self._may_go_on(s)]
         pending = [s.num_pending for s in running]
         if any(n > 1 for n in pending[:-1]) or any(map(self._outgrows_rope, running)):
             return self._max_num_batched_tokens
-        num_free = max(0, self._max_num_seqs - self._num_seated())
         num_tokens = sum(pending) + sum(s.num_pending for s in islice(self._waiting, num_free))
         return self._sizes.cut(num_tokens, pending.count(1)) or self._max_num_batched_tokens
 

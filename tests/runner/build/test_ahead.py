@@ -1,6 +1,7 @@
 """Artefacts that several processes build at once are those that one would have built."""
 
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -139,7 +140,11 @@ def test_libraries_that_do_not_load_are_not_kept(
 
 def test_a_process_has_as_many_threads_as_its_share_of_the_cores() -> None:
     with BuildProcess(CPU, num_threads=3) as process:
-        variables = Path(f"/proc/{process._process.pid}/environ").read_bytes().split(b"\0")
+        environment = Path(f"/proc/{process._process.pid}/environ")
+        # The kernel shows it a moment after the program has begun.
+        while not (shown := environment.read_bytes()):
+            time.sleep(0.01)
+        variables = shown.split(b"\0")
     assert b"TORCHINDUCTOR_COMPILE_THREADS=3" in variables
 
 
