@@ -142,11 +142,12 @@ def _built(
     def build_next() -> _Done:
         build, process = agenda.take(), idle.get()
         order = orders[build.key]
+        folder = Path(order.folder)
         try:
+            if fault := faults.get(build.backend):
+                return build, folder, Answer(None, fault)
             with counted(build.backend):
-                fault = faults.get(build.backend)
-                answer = Answer(None, fault) if fault else process.build(order)
-                return build, Path(order.folder), answer
+                return build, folder, process.build(order)
         finally:
             idle.put(process)
             agenda.finished(build)

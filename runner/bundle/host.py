@@ -11,7 +11,7 @@ from typing import Literal
 
 from parallel.errors import IncompatibleError, PreflightError
 from runner.bundle.layout import rebuild_command
-from runner.observe.software import find_distributions
+from runner.observe.software import distributions_by_name, find_distributions
 
 DISTRIBUTION = "shardline"
 
@@ -143,7 +143,7 @@ def own_version() -> str:
 
 
 def _versions(torch_version: str) -> dict[str, str]:
-    family = sorted(find_distributions(metadata.distributions()).items())
+    family = sorted(find_distributions(distributions_by_name(metadata.distributions())).items())
     return {"torch": torch_version, DISTRIBUTION: own_version(), **dict(family)}
 
 

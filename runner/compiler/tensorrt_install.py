@@ -11,7 +11,7 @@ from types import ModuleType
 from typing import Literal
 
 from parallel.errors import PreflightError
-from runner.observe.software import find_distributions, find_flavour
+from runner.observe.software import distributions_by_name, find_distributions, find_flavour
 
 Flavour = Literal["standard", "rtx"]
 
@@ -38,7 +38,7 @@ def find_install() -> Install:
     Raises:
         PreflightError: neither flavour is installed, both are, or TensorRT itself is absent.
     """
-    distributions = find_distributions(metadata.distributions())
+    distributions = find_distributions(distributions_by_name(metadata.distributions()))
     flavour = find_flavour(distributions)
     if flavour == "none":
         raise PreflightError(

@@ -7,7 +7,7 @@ no NVIDIA driver. Not here: the driver itself (`nvml`).
 
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from importlib import metadata
 from typing import Literal
@@ -58,7 +58,7 @@ class Software:
 
 def read_software() -> Software:
     """Import torch and look up the distributions; takes a second or two."""
-    installed = list(metadata.distributions())
+    installed = distributions_by_name(metadata.distributions())
     distributions, lacking = find_distributions(installed), find_lacking(installed)
     try:
         import torch
@@ -76,28 +76,33 @@ def read_software() -> Software:
     )
 
 
-def find_distributions(installed: Iterable[metadata.Distribution]) -> dict[str, str]:
+def distributions_by_name(
+    installed: Iterable[metadata.Distribution],
+) -> dict[str, metadata.Distribution]:
+    """Distributions by their normalised names, whose metadata are read once for that."""
+    # Metadata of a half-removed package has no name.
+    return {_normal(one.metadata["Name"] or ""): one for one in installed}
+
+
+def find_distributions(installed: Mapping[str, metadata.Distribution]) -> dict[str, str]:
     """The installed distributions of the TensorRT family as {normalised name: version}."""
-    names = {_normal_name(one): one.version for one in installed}
-    return {n: v for n, v in names.items() if n.startswith(("torch-tensorrt", "tensorrt"))}
+    return {
+        name: distribution.version
+        for name, distribution in installed.items()
+        if name.startswith(("torch-tensorrt", "tensorrt"))
+    }
 
 
-def find_lacking(installed: Iterable[metadata.Distribution]) -> dict[str, tuple[str, ...]]:
+def find_lacking(installed: Mapping[str, metadata.Distribution]) -> dict[str, tuple[str, ...]]:
     """See `Software.lacking`."""
-    by_name = {_normal_name(one): one for one in installed}
-    if "shardline" not in by_name:
+    if "shardline" not in installed:
         return {}
     lacking: dict[str, tuple[str, ...]] = dict.fromkeys(_EXTRAS, ())
-    for requirement in by_name["shardline"].requires or ():
+    for requirement in installed["shardline"].requires or ():
         found = _REQUIRED_BY_EXTRA.match(requirement)
-        if found and found[2] in lacking and _normal(found[1]) not in by_name:
+        if found and found[2] in lacking and _normal(found[1]) not in installed:
             lacking[found[2]] += (found[1],)
     return lacking
-
-
-def _normal_name(distribution: metadata.Distribution) -> str:
-    """Empty for a half-removed package, whose metadata has no name."""
-    return _normal(distribution.metadata["Name"] or "")
 
 
 def _normal(name: str) -> str:

@@ -4,6 +4,7 @@ import json
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -41,6 +42,12 @@ class Scale(nn.Module):
 def work(rows: int, width: int = 16) -> Work:
     segment = Segment("scale", Scale(width), (TensorSpec((rows, width), torch.float32),))
     return Work(segment, rows, [Use(0, "scale", rows)])
+
+
+def artefacts_told(capfd: pytest.CaptureFixture[str]) -> list[dict[str, Any]]:
+    """The lines about artefacts on standard error."""
+    lines = capfd.readouterr().err.splitlines()
+    return [json.loads(line) for line in lines if "artefact" in line]
 
 
 @pytest.fixture
@@ -109,7 +116,7 @@ def test_what_a_process_dies_of_costs_that_one_alone(
     seconds = build_ahead(works, inductor, builder, context, num_processes=2)
     assert (tmp_path / "once").exists()
     assert len(seconds) == 3
-    told = [json.loads(line) for line in capfd.readouterr().err.splitlines() if "artefact" in line]
+    told = artefacts_told(capfd)
     assert sorted(one["how"] for one in told) == [
         *["inductor"] * 3,
         "not built: its process ended with exit code -9",
@@ -131,7 +138,7 @@ def test_libraries_that_do_not_load_are_not_kept(
     inductor = [Backends(CPU)["inductor"]]
     assert build_ahead(works, inductor, builder, context, num_processes=2) == {}
     assert not any((builder.folder / "artefacts").glob("*"))
-    told = [json.loads(line) for line in capfd.readouterr().err.splitlines() if "artefact" in line]
+    told = artefacts_told(capfd)
     assert all(one["how"].startswith("not built: backend inductor: ") for one in told)
     assert len(told) == 4
     with pytest.raises(PreflightError, match="spoiler makes here do not load"):

@@ -12,6 +12,7 @@ from runner.observe.finding import Finding
 from runner.observe.software import (
     TORCH_SERIES,
     Software,
+    distributions_by_name,
     find_distributions,
     find_flavour,
     find_lacking,
@@ -60,7 +61,7 @@ def test_distributions_are_found_by_metadata_and_normalised(tmp_path: Path) -> N
     install(tmp_path, "tensorrt.rtx", "1.5.0")
     install(tmp_path, "tensorboard", "2.0")
     (tmp_path / "half_removed-1.0.dist-info").mkdir()
-    installed = importlib.metadata.distributions(path=[str(tmp_path)])
+    installed = distributions_by_name(importlib.metadata.distributions(path=[str(tmp_path)]))
     assert find_distributions(installed) == {
         "torch-tensorrt-rtx": "2.13.0",
         "tensorrt-rtx": "1.5.0",
@@ -81,12 +82,12 @@ def test_what_an_extra_lacks_is_named(tmp_path: Path) -> None:
     install(tmp_path, "Fast_API", "0.165.0")
     install(tmp_path, "onnx2torch", "1.5.15")
     path = [str(tmp_path)]
-    lacking = find_lacking(importlib.metadata.distributions(path=path))
+    lacking = find_lacking(distributions_by_name(importlib.metadata.distributions(path=path)))
     assert lacking["serve"] == ("fastapi", "uvicorn")
     assert lacking["onnx"] == ()
     assert "dev" not in lacking
     install(tmp_path, "FastAPI", "0.165.0")
-    lacking = find_lacking(importlib.metadata.distributions(path=path))
+    lacking = find_lacking(distributions_by_name(importlib.metadata.distributions(path=path)))
     assert lacking["serve"] == ("uvicorn",)
     found = judge_extras(lacking)
     assert found.status == "absent"
@@ -96,7 +97,7 @@ def test_what_an_extra_lacks_is_named(tmp_path: Path) -> None:
 
 def test_extras_that_are_whole_and_a_shardline_that_is_not_installed() -> None:
     assert judge_extras({"serve": (), "onnx": ()}).detail == "serve, onnx"
-    assert judge_extras(find_lacking([])).detail == "shardline is not installed"
+    assert judge_extras(find_lacking({})).detail == "shardline is not installed"
 
 
 @pytest.mark.parametrize(
