@@ -23,9 +23,9 @@ from runner.compiler.counter import counted
 from runner.compiler.host import target_of
 from runner.compiler.segment import Segment
 from runner.compiler.tensorrt_complaints import Complaints, explain, quiet, shorten
+from runner.compiler.tensorrt_forms import FORMS, reform
 from runner.compiler.tensorrt_install import Install, find_install
 from runner.compiler.tensorrt_io import ENGINE_FILE, EngineIO, specs_of
-from runner.compiler.tensorrt_products import FORMS, reform
 from runner.compiler.tensorrt_runtime import EngineRuntime
 
 KERNELS_FILE = "tensorrt.kernels"
@@ -120,7 +120,7 @@ def make_fingerprint(
         "torch": str(torch.__version__),
         "target": target,
         "gpu": gpu,
-        "products": FORMS,
+        "forms": FORMS,
         **{name: str(value) for name, value in asdict(settings).items()},
     }
 

@@ -5,16 +5,10 @@ as fast as others do; the same product as a multiplication and a sum, as a convo
 along its sum does better (docs/measurements.md). On another GPU or version that may differ.
 """
 
-import warnings
 from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
-
-from runner.compiler.tensorrt_install import Flavour
-
-FORMS = "1"
-"""Counts up with every change here; part of an artefact's key."""
 
 _Form = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
@@ -29,38 +23,25 @@ _LONG = 8192
 _PARTS = 4
 
 
-def reform(program: torch.export.ExportedProgram, flavour: Flavour) -> torch.export.ExportedProgram:
-    """The program with those products rewritten that RTX is slow at; itself where there are none.
-
-    It computes the same up to rounding: sums are in float32, but each part of a sum that is cut is
-    rounded.
-    """
-    if flavour != "rtx" or not any(map(_is_slow, program.graph.nodes)):
-        return program
-    with warnings.catch_warnings():
-        # PyTorch's own code uses what it deprecates.
-        warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
-        reformed: torch.export.ExportedProgram = program.run_decompositions(
-            {torch.ops.aten.linear.default: _linear}
-        )
-    return reformed
-
-
-def _is_slow(node: torch.fx.Node) -> bool:
+def is_slow_product(node: torch.fx.Node) -> bool:
+    """Whether `product` writes a node anew."""
     if node.target is not torch.ops.aten.linear.default:
         return False
     x, weight = (node.args[i].meta["val"] for i in range(2))  # type: ignore[union-attr]
     return _form(x, weight) is not None
 
 
-def _linear(
+def product(
     x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
 ) -> torch.Tensor:
+    """As `aten.linear` up to rounding: sums are in float32, but each part of a sum that is cut is
+    rounded. NotImplemented says that it is fast as it is.
+    """
     form = _form(x, weight)
     if form is None:
         return NotImplemented  # type: ignore[no-any-return]
-    product = form(x, weight)
-    return product if bias is None else product + bias
+    found = form(x, weight)
+    return found if bias is None else found + bias
 
 
 def _form(x: torch.Tensor, weight: torch.Tensor) -> _Form | None:

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 from runner.compiler.segment import Segment, TensorSpec
+from runner.compiler.tensorrt_forms import reform
 from runner.compiler.tensorrt_io import ENGINE_FILE
-from runner.compiler.tensorrt_products import reform
 from runner.compiler.tensorrt_target import BuildJob, TensorRTTargetBackend
 
 aten = torch.ops.aten
