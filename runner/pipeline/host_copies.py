@@ -149,6 +149,6 @@ def fill(samples: Sequence[torch.Tensor], buffer: torch.Tensor) -> None:
     if len(samples) == 1 and samples[0].shape == buffer.shape:
         buffer.copy_(samples[0])
         return
-    for index, sample in enumerate(samples):
-        buffer[index].copy_(sample)
+    # In one call: between several, other threads would take the interpreter.
+    torch.stack(list(samples), out=buffer[: len(samples)])
     buffer[len(samples) :].zero_()

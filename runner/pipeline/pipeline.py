@@ -75,7 +75,7 @@ class Pipeline:
             bucket: index of the shapes; no more samples than its batch size.
 
         Returns:
-            For each sample its outputs, on the CPU.
+            For each sample its outputs, on the CPU; parts of what the whole batch returns.
 
         Raises:
             RankLostError: `drive` has failed; it says why.
@@ -205,12 +205,18 @@ class Pipeline:
     def _answer(self, awaited: _Awaited) -> list[list[torch.Tensor]]:
         program = self._worker.programs[awaited.batch.bucket]
         names = [value.name for value in program.distinct_results]
-        found = dict(zip(names, awaited.fetched.tensors, strict=True))
+        tensors = [_pageable(tensor) for tensor in awaited.fetched.tensors]
+        found = dict(zip(names, tensors, strict=True))
         outputs = [found[value.name] for value in program.results]
         if not self._is_batched:
-            return [[output.clone() for output in outputs]]
-        count = len(awaited.batch.samples)
-        return [[output[index].clone() for output in outputs] for index in range(count)]
+            return [outputs]
+        rows = [output[: len(awaited.batch.samples)].unbind() for output in outputs]
+        return [list(row) for row in zip(*rows, strict=True)]
+
+
+def _pageable(x: torch.Tensor) -> torch.Tensor:
+    """Pinned memory goes back to where it came from, however long results are kept."""
+    return x.clone() if x.is_pinned() else x
 
 
 def _ended() -> RankLostError:
