@@ -20,9 +20,6 @@ from runner.bundle.manifest import Candidate
 from runner.compiler.backend import Backend, Compiled, artefact_key
 from runner.compiler.segment import Segment
 
-AUTO = ("tensorrt", "inductor", "eager")
-"""What `auto` tries; of two that are equally fast, the first one is taken."""
-
 NAMED = "named in the configuration"
 """Why the one backend that was tried was chosen."""
 

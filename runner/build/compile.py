@@ -14,7 +14,7 @@ from parallel.launch import RankEnv
 from parallel.progress import Doing
 from runner.build.ahead import build_ahead, count_processes
 from runner.build.built import Built
-from runner.build.choice import AUTO, Chooser
+from runner.build.choice import Chooser
 from runner.build.contents import publish, source_of
 from runner.build.progress import Progress, announce
 from runner.build.recipe import Recipe, Verdict, recipe_of
@@ -23,7 +23,7 @@ from runner.build.worklist import Work
 from runner.bundle.builder import BundleBuilder
 from runner.bundle.host import Host
 from runner.bundle.source import source_digest
-from runner.compiler.backends import Backends
+from runner.compiler.backends import Backends, candidates_of
 from runner.compiler.kernels import keep_kernels, watch_kernels
 from runner.job import Job
 from runner.joining import Phase, as_rank, join
@@ -133,8 +133,7 @@ def _compile(recipe: Recipe, context: ParallelContext, builder: BundleBuilder) -
     mine = recipe.works()[context.rank :: context.world.size]
     backends = Backends(context.device)
     settings = recipe.job.config.compile
-    named = settings.backend
-    candidates = [backends[name] for name in (AUTO if named == "auto" else (named,))]
+    candidates = [backends[name] for name in candidates_of(settings.backend)]
     num_processes = count_processes(context.world.size)
     seconds = build_ahead(mine, candidates, builder, context, num_processes=num_processes)
     chooser = Chooser(

@@ -71,7 +71,7 @@ def describe_measured(measured: "Measured") -> str:
     """What was measured, and what to write so that compile and run cut there too."""
     lines = [
         f"Measured: {plural(len(measured.unit_times_s), 'part')} of the model in the largest "
-        f"bucket on {measured.device}, by PyTorch's own kernels, "
+        f"bucket on {measured.device}, {_compiled_by(measured)}, "
         f"{format_time(sum(measured.unit_times_s))} in all; the longest: {_longest(measured)}."
     ]
     if not measured.split_points:
@@ -86,6 +86,12 @@ def describe_measured(measured: "Measured") -> str:
         f"  split_points: [{', '.join(map(_quoted, measured.split_points))}]",
     ]
     return "\n".join(lines)
+
+
+def _compiled_by(measured: "Measured") -> str:
+    if not measured.backends:
+        return "by PyTorch's own kernels"
+    return f"in stages compiled by {' or '.join(measured.backends)}"
 
 
 def _quoted(name: str) -> str:

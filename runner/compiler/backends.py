@@ -9,6 +9,14 @@ import torch
 from parallel.errors import PreflightError
 from runner.compiler.backend import Backend, Caching
 
+AUTO = ("tensorrt", "inductor", "eager")
+"""What `auto` tries; of two that are equally fast, the first one is taken."""
+
+
+def candidates_of(setting: str) -> tuple[str, ...]:
+    """The backends that `compile.backend` lets compile a segment."""
+    return AUTO if setting == "auto" else (setting,)
+
 
 class Backends:
     """Makes each backend at its first use, so that one that is not used need not be installed."""

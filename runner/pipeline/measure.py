@@ -1,33 +1,32 @@
 """How long each part of a tensor model takes on this device, and where to cut by these times.
 
-One process runs the whole model, part after part, by PyTorch's own kernels. What it finds never
+One process runs the whole model, part after part, by PyTorch's own kernels, and then the stages
+that this leads to, compiled: what a compiler fuses differs from part to part. What it finds never
 enters a plan: it is told as split points, which make the same plan on every rank.
 """
 
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from statistics import median
 
 import torch
 
 from parallel.errors import ConfigError, PreflightError
 from parallel.graph import Graph
-from parallel.graph_cut import cut_by_cost, cut_warnings
+from parallel.graph_cut import Boundaries, cut_by_cost, cut_warnings
 from parallel.graph_modules import split_points
 from parallel.graph_plan import GraphPlan
 from parallel.graph_planner import bubble_of
-from parallel.graph_stage import Piece, Stage, Value
+from parallel.graph_stage import Piece, Stage
 from parallel.graph_twin import trace_whole
-from runner.compiler.segment import Segment, TensorSpec, named_tensors
+from runner.compiler.backends import Backends, candidates_of
+from runner.compiler.segment import Segment, named_tensors
 from runner.graph_planning import GraphJob
+from runner.pipeline.compiled_stages import CompiledStages
+from runner.pipeline.timing import call_seconds, random_of, spec_of
 
-_ROUNDS = 7
-_GPU_CALLS = 8
-"""Calls in one round on a GPU, where a part may take less than an event can tell."""
-
-Tensors = tuple[torch.Tensor, ...]
+_MOST_CUTS = 4
+"""Cuts whose stages are compiled; two are enough for most models."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +35,10 @@ class Measured:
 
     Attributes:
         device: on which they were taken.
+        backends: what compiled the stages, of several the fastest; empty: nothing did.
         unit_names, unit_times_s: of every part that a cut can move, in order; one batch of the
-            largest bucket, undivided.
+            largest bucket, undivided. By PyTorch's own kernels; those of a compiled stage by as
+            much less as the stage takes less than all of them.
         split_points: the modules with which stages 1, 2, ... of the cut begin.
         stage_times_s: of each of its stages, over its tensor-parallel size.
         estimated_times_s: the same of the cut by estimates.
@@ -45,6 +46,7 @@ class Measured:
     """
 
     device: str
+    backends: tuple[str, ...]
     unit_names: tuple[str, ...]
     unit_times_s: tuple[float, ...]
     split_points: tuple[str, ...]
@@ -63,7 +65,8 @@ class Measured:
 
         Raises:
             ConfigError: fewer places to cut at than stages need.
-            PreflightError: there is no such device.
+            PreflightError: there is no such device, or what is to compile is not usable.
+            UnsupportedSegmentError: a stage cannot be compiled.
         """
         assert job.model is not None, "a bundle is cut already"
         plan, device = job.plan, _device_of(job)
@@ -71,16 +74,23 @@ class Measured:
         graph = trace_whole(
             job.model.module, plan.buckets[-1], plan.topology, tp_plan, device=device.type
         )
-        times = unit_times(graph, device, captures=not job.config.compile.enforce_eager)
-        names = split_points(graph)
-        boundaries = cut_by_cost(graph, plan.tp_sizes, times=times, allowed=names)
+        captures = not job.config.compile.enforce_eager
+        times = unit_times(graph, device, captures=captures)
+        balance = Balance(graph, plan.tp_sizes)
+        boundaries = balance.cut(times)
+        backends = _compilers(job, device) if boundaries else ()
+        if backends:
+            made = Backends(device)
+            stages = CompiledStages(graph, device, [made[b] for b in backends], captures=captures)
+            times, boundaries = balance.cut_compiled(times, stages)
         return cls(
             device=_name_of(device),
+            backends=backends,
             unit_names=tuple(unit.name for unit in graph.units),
             unit_times_s=times,
-            split_points=tuple(names[boundary] for boundary in boundaries),
-            stage_times_s=_stage_times(times, boundaries, plan.tp_sizes),
-            estimated_times_s=_stage_times(times, plan.boundaries, plan.tp_sizes),
+            split_points=tuple(balance.names[boundary] for boundary in boundaries),
+            stage_times_s=balance.stage_times(times, boundaries),
+            estimated_times_s=balance.stage_times(times, plan.boundaries),
             warnings=cut_warnings(graph, boundaries, plan.tp_sizes, times=times),
         )
 
@@ -91,6 +101,52 @@ class Measured:
             plan: as the split points cut it.
         """
         return bubble_of(plan.stages, self.stage_times_s)
+
+
+class Balance:
+    """Cuts a graph by times."""
+
+    def __init__(self, graph: Graph, tp_sizes: Sequence[int]) -> None:
+        self._graph = graph
+        self._tp_sizes = tp_sizes
+        self.names = split_points(graph)
+
+    def cut(self, times: Sequence[float]) -> Boundaries:
+        """The best of those that split points can name."""
+        return cut_by_cost(self._graph, self._tp_sizes, times=times, allowed=self.names)
+
+    def stage_times(self, times: Sequence[float], boundaries: Sequence[int]) -> tuple[float, ...]:
+        spans = zip(_spans(times, boundaries), self._tp_sizes, strict=True)
+        return tuple(sum(span) / size for span, size in spans)
+
+    def cut_compiled(
+        self, times: tuple[float, ...], stages: CompiledStages
+    ) -> tuple[tuple[float, ...], Boundaries]:
+        """The best cut by what compiled stages take, and the times of all units within it.
+
+        What the stages of one cut take corrects the times that the next is made by, until a cut
+        comes again.
+        """
+        tried: dict[Boundaries, tuple[float, ...]] = {}
+        boundaries = self.cut(times)
+        while boundaries not in tried and len(tried) < _MOST_CUTS:
+            times = _corrected(times, boundaries, stages.seconds(boundaries))
+            tried[boundaries] = times
+            boundaries = self.cut(times)
+        best = min(tried, key=lambda cut: max(self.stage_times(tried[cut], cut)))
+        return tried[best], best
+
+
+def _spans(times: Sequence[float], boundaries: Sequence[int]) -> list[Sequence[float]]:
+    return [times[a:b] for a, b in pairwise([0, *boundaries, len(times)])]
+
+
+def _corrected(
+    times: Sequence[float], boundaries: Sequence[int], seconds: Sequence[float]
+) -> tuple[float, ...]:
+    """Times whose sums over the stages are `seconds`."""
+    spans = zip(_spans(times, boundaries), seconds, strict=True)
+    return tuple(time * total / sum(span) for span, total in spans for time in span)
 
 
 @torch.inference_mode()
@@ -107,23 +163,26 @@ def unit_times(graph: Graph, device: torch.device, *, captures: bool) -> tuple[f
         ConfigError: the model does collectives of its own.
     """
     generator = torch.Generator(device).manual_seed(0)
-    values = {value.name: _random(value, device, generator) for value in graph.inputs}
+    values = {value.name: random_of(value, device, generator) for value in graph.inputs}
     times = []
     for stage in graph.stages(range(1, len(graph.units))):
         (piece,) = _pieces(stage)
-        segment = Segment("unit", piece.module, tuple(_spec(v) for v in piece.inputs))
+        segment = Segment("unit", piece.module, tuple(map(spec_of, piece.inputs)))
         run = segment.function()
         given = tuple(values[value.name] for value in piece.inputs)
         held = tuple(t.detach().contiguous().to(device) for _, t in named_tensors(piece.module))
         for value, tensor in zip(piece.outputs, run(*given, *held), strict=True):
             values[value.name] = tensor
         values = {value.name: values[value.name] for value in stage.sends}
-        if device.type == "cpu":
-            times.append(_cpu_seconds(run, (*given, *held)))
-        else:
-            sets = [(*given, *weights) for weights in _copies(held, device)]
-            times.append(_gpu_seconds(run, sets, device, captures=captures))
+        times.append(call_seconds(run, given, held, device, captures=captures))
     return tuple(times)
+
+
+def _compilers(job: GraphJob, device: torch.device) -> tuple[str, ...]:
+    """The backends that are to compile the stages, if any does more than PyTorch itself."""
+    names = candidates_of(job.config.compile.backend)
+    usable = tuple(name for name in names if device.type != "cpu" or name != "tensorrt")
+    return () if set(usable) <= {"eager"} else usable
 
 
 def _device_of(job: GraphJob) -> torch.device:
@@ -142,13 +201,6 @@ def _name_of(device: torch.device) -> str:
     return "the CPU" if device.type == "cpu" else torch.cuda.get_device_name(device)
 
 
-def _stage_times(
-    times: Sequence[float], boundaries: Sequence[int], tp_sizes: Sequence[int]
-) -> tuple[float, ...]:
-    spans = pairwise([0, *boundaries, len(times)])
-    return tuple(sum(times[a:b]) / size for (a, b), size in zip(spans, tp_sizes, strict=True))
-
-
 def _pieces(stage: Stage) -> tuple[Piece, ...]:
     if len(stage.pieces) != len(stage.steps):
         raise ConfigError(
@@ -156,68 +208,3 @@ def _pieces(stage: Stage) -> tuple[Piece, ...]:
             "--measure out, or give parallel.split_points"
         )
     return stage.pieces
-
-
-def _spec(value: Value) -> TensorSpec:
-    return TensorSpec(value.shape, value.torch_dtype)
-
-
-def _random(value: Value, device: torch.device, generator: torch.Generator) -> torch.Tensor:
-    empty = _spec(value).empty(device)
-    if empty.is_floating_point():
-        return empty.normal_(generator=generator)
-    return empty.random_(0, 2, generator=generator)  # 0 and 1 are in range, whatever they index.
-
-
-def _copies(weights: Tensors, device: torch.device) -> list[Tensors]:
-    """The weights of each call of a round.
-
-    In a model they come from main memory; a few copies of small ones are not in the cache, either.
-    """
-    cache_bytes = torch.cuda.get_device_properties(device).L2_cache_size
-    if sum(tensor.nbytes for tensor in weights) > cache_bytes:
-        return [weights] * _GPU_CALLS
-    return [tuple(tensor.clone() for tensor in weights) for _ in range(_GPU_CALLS)]
-
-
-def _cpu_seconds(run: Callable[..., object], arguments: Tensors) -> float:
-    """The shortest time of a call: what else the CPU does only adds to it."""
-    seconds = []
-    for _ in range(_ROUNDS + 1):
-        started = time.perf_counter()
-        run(*arguments)
-        seconds.append(time.perf_counter() - started)
-    return min(seconds[1:])
-
-
-def _gpu_seconds(
-    run: Callable[..., object], sets: Sequence[Tensors], device: torch.device, *, captures: bool
-) -> float:
-    """The median time of a call; with `captures` without the host's share."""
-
-    def call() -> None:
-        for arguments in sets:
-            run(*arguments)
-
-    with torch.cuda.device(device):
-        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        stream.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(stream):
-            call()
-        torch.cuda.synchronize()
-        if captures:
-            graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-                call()
-        seconds: list[float] = []
-        for _ in range(_ROUNDS + 1):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-            start.record()
-            if captures:
-                graph.replay()
-            else:
-                call()
-            end.record()
-            end.synchronize()
-            seconds.append(start.elapsed_time(end) / 1e3)
-    return median(seconds[1:]) / len(sets)

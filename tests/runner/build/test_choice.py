@@ -10,12 +10,12 @@ from bundles import make_plan_of
 from torch import nn
 
 from parallel.errors import PreflightError, UnsupportedSegmentError
-from runner.build.choice import AUTO, NAMED, Chooser
+from runner.build.choice import NAMED, Chooser
 from runner.build.measure import Samples, error_of, microseconds
 from runner.build.worklist import Use, Work
 from runner.bundle.builder import BundleBuilder
 from runner.compiler.backend import Backend, Compiled
-from runner.compiler.backends import Backends
+from runner.compiler.backends import AUTO, Backends
 from runner.compiler.eager import EagerBackend
 from runner.compiler.segment import Segment, TensorSpec
 

@@ -1,7 +1,8 @@
 """Measured parts and the cut they lead to: real modules, timed on the CPU."""
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -15,7 +16,8 @@ from parallel.graph_modules import split_points
 from parallel.graph_twin import trace_whole
 from runner.config.load import load
 from runner.graph_planning import GraphJob
-from runner.pipeline.measure import Measured, unit_times
+from runner.pipeline.compiled_stages import CompiledStages
+from runner.pipeline.measure import Balance, Measured, unit_times
 
 SUPPORT = Path(__file__).parents[2] / "support"
 LOPSIDED = """
@@ -209,6 +211,48 @@ def test_one_stage_has_no_split_points(unet: Callable[..., GraphJob]) -> None:
 def test_more_stages_than_names_are_an_error(lopsided: Callable[..., GraphJob]) -> None:
     with pytest.raises(ConfigError, match="places to cut at"):
         Measured.of(lopsided(pipeline_parallel_size=7))
+
+
+class Fused(CompiledStages):
+    """Stands for a compiler that fuses the first half of the units into next to nothing."""
+
+    def __init__(self, times: tuple[float, ...]) -> None:
+        self.times = times
+        self.cuts: list[Sequence[int]] = []
+
+    def seconds(self, boundaries: Sequence[int]) -> tuple[float, ...]:
+        self.cuts.append(boundaries)
+        half = len(self.times) // 2
+        fused = [time / 10 if unit < half else time for unit, time in enumerate(self.times)]
+        return tuple(sum(fused[a:b]) for a, b in pairwise([0, *boundaries, len(fused)]))
+
+
+@pytest.mark.parametrize("num_stages", [2, 3])
+def test_what_stages_take_when_compiled_corrects_the_cut(
+    unet: Callable[..., GraphJob], num_stages: int
+) -> None:
+    job = unet()
+    assert job.model is not None
+    graph = trace_whole(job.model.module, job.plan.buckets[-1], job.plan.topology, None)
+    before = tuple(1e-3 for _ in graph.units)
+    balance, compiled = Balance(graph, [1] * num_stages), Fused(before)
+    times, boundaries = balance.cut_compiled(before, compiled)
+    assert compiled.cuts[0] == balance.cut(before)
+    assert len(set(compiled.cuts)) == len(compiled.cuts) > 1, "each cut is compiled once"
+    found = compiled.seconds(boundaries)
+    assert balance.stage_times(times, boundaries) == pytest.approx(found)
+    assert max(found) < 0.85 * max(compiled.seconds(compiled.cuts[0]))
+
+
+def test_stages_are_compiled_by_what_is_to_compile_them(prepare: Prepare) -> None:
+    inputs: list[object] = [{"name": "x", "shape": ["batch", 8]}]
+    job = prepare("graph_models:Mlp", SUPPORT, inputs, pipeline_parallel_size=2)
+    settings = job.config.compile.model_copy(update={"backend": "inductor"})
+    job = replace(job, config=job.config.model_copy(update={"compile": settings}))
+    found = Measured.of(job)
+    assert found.backends == ("inductor",)
+    assert len(found.split_points) == 1
+    assert sum(found.stage_times_s) == pytest.approx(sum(found.unit_times_s))
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
