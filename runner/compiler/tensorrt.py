@@ -142,11 +142,13 @@ def write_artefact(
     Raises:
         UnsupportedSegmentError: see `build_engine`.
     """
+    takes, _ = specs_of(program)
     program = reform(program, install.flavour)
     engine = build_engine(program, kind=kind, settings=settings)
     inputs, outputs = specs_of(program)
     (folder / ENGINE_FILE).write_bytes(engine)
-    EngineIO(install.flavour, install.tensorrt, target, inputs, outputs).write(folder)
+    io = EngineIO(install.flavour, install.tensorrt, target, tuple(takes.values()), inputs, outputs)
+    io.write(folder)
 
 
 def check_import() -> None:

@@ -6,9 +6,10 @@ import torch
 
 from runner.compiler.tensorrt_convolutions import convolution, is_slow_convolution
 from runner.compiler.tensorrt_install import Flavour
+from runner.compiler.tensorrt_kernels import turn_kernels
 from runner.compiler.tensorrt_products import is_slow_product, product
 
-FORMS = "2"
+FORMS = "3"
 """Counts up with every change of a form; part of an artefact's key."""
 
 _aten = torch.ops.aten
@@ -20,7 +21,11 @@ _FORMS = {
 
 
 def reform(program: torch.export.ExportedProgram, flavour: Flavour) -> torch.export.ExportedProgram:
-    """The program in the forms that RTX is fast at; itself where it has them already."""
+    """The program in the forms that RTX is fast at; itself where it has them already.
+
+    Its inputs are the same bytes, if not in the same shapes.
+    """
+    program = turn_kernels(program, flavour)
     nodes = program.graph.nodes
     if flavour != "rtx" or not any(is_slow_product(n) or is_slow_convolution(n) for n in nodes):
         return program

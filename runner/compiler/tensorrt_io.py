@@ -25,13 +25,15 @@ class EngineIO:
 
     Attributes:
         target: compute capability, for example "sm90".
-        inputs: by name, in the order of the segment's activations and weights.
+        takes: the segment's activations and weights.
+        inputs: by name, in the same order and the same bytes, in the engine's shapes.
         outputs: by name, in the order in which the segment returns them.
     """
 
     flavour: Flavour
     tensorrt: str
     target: str
+    takes: tuple[TensorSpec, ...]
     inputs: dict[str, TensorSpec]
     outputs: dict[str, TensorSpec]
 
@@ -40,8 +42,9 @@ class EngineIO:
             "flavour": self.flavour,
             "tensorrt": self.tensorrt,
             "target": self.target,
-            "inputs": _to_json(self.inputs),
-            "outputs": _to_json(self.outputs),
+            "takes": [_to_json(spec) for spec in self.takes],
+            "inputs": [{"name": n, **_to_json(spec)} for n, spec in self.inputs.items()],
+            "outputs": [{"name": n, **_to_json(spec)} for n, spec in self.outputs.items()],
         }
         (folder / IO_FILE).write_text(json.dumps(text, indent=1) + "\n", encoding="utf-8")
 
@@ -60,8 +63,9 @@ class EngineIO:
                 flavour=values["flavour"],
                 tensorrt=str(values["tensorrt"]),
                 target=str(values["target"]),
-                inputs=_from_json(values["inputs"]),
-                outputs=_from_json(values["outputs"]),
+                takes=tuple(map(_from_json, values["takes"])),
+                inputs={str(one["name"]): _from_json(one) for one in values["inputs"]},
+                outputs={str(one["name"]): _from_json(one) for one in values["outputs"]},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise IntegrityError(
@@ -82,18 +86,12 @@ def specs_of(
     return inputs, outputs
 
 
-def _to_json(specs: dict[str, TensorSpec]) -> list[dict[str, Any]]:
-    return [
-        {"name": name, "shape": spec.shape, "dtype": str(spec.dtype).removeprefix("torch.")}
-        for name, spec in specs.items()
-    ]
+def _to_json(spec: TensorSpec) -> dict[str, Any]:
+    return {"shape": spec.shape, "dtype": str(spec.dtype).removeprefix("torch.")}
 
 
-def _from_json(entries: list[dict[str, Any]]) -> dict[str, TensorSpec]:
-    specs = {}
-    for entry in entries:
-        dtype = getattr(torch, entry["dtype"])
-        if not isinstance(dtype, torch.dtype):
-            raise ValueError(f"dtype {entry['dtype']!r} is not known")
-        specs[str(entry["name"])] = TensorSpec(tuple(map(int, entry["shape"])), dtype)
-    return specs
+def _from_json(entry: dict[str, Any]) -> TensorSpec:
+    dtype = getattr(torch, entry["dtype"])
+    if not isinstance(dtype, torch.dtype):
+        raise ValueError(f"dtype {entry['dtype']!r} is not known")
+    return TensorSpec(tuple(map(int, entry["shape"])), dtype)

@@ -160,7 +160,7 @@ def _diagnose(trt: ModuleType, runtime: Any, plan: bytes) -> list[str]:
 
 
 def _check_segment(io: EngineIO, segment: Segment, folder: Path) -> None:
-    built, wanted = list(io.inputs.values()), list(segment.inputs)
+    built, wanted = list(io.takes), list(segment.inputs)
     if built == wanted:
         return
     raise IncompatibleError(

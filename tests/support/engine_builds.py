@@ -72,7 +72,7 @@ def build_engines(
             continue
         segment, place = segments[digest], jobs[digest].folder
         io = EngineIO.read(place)
-        assert tuple(io.inputs.values()) == segment.inputs
+        assert io.takes == tuple(io.inputs.values()) == segment.inputs
         assert {spec.dtype for spec in io.outputs.values()} == {segment.activations[0].dtype}
         assert (place / ENGINE_FILE).stat().st_size > 0
     built = {

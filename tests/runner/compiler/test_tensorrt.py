@@ -122,7 +122,7 @@ def test_an_artefact_describes_itself(outcomes: dict[str, str | None], desk: Pat
     assert (desk / "mlp" / ENGINE_FILE).stat().st_size > 0
     io = EngineIO.read(desk / "mlp")
     assert (io.flavour, io.tensorrt, io.target) == ("rtx", find_install().tensorrt, "sm89")
-    assert tuple(io.inputs.values()) == mlp().inputs
+    assert io.takes == tuple(io.inputs.values()) == mlp().inputs
     assert io.outputs == {"output0": SPEC, "output1": SPEC}
 
 
@@ -254,10 +254,12 @@ def test_specs_leave_constants_out() -> None:
     [
         "{}",
         "[]",
-        '{"flavour": "lean", "tensorrt": "1", "target": "sm89", "inputs": [], "outputs": []}',
-        '{"flavour": "rtx", "tensorrt": "1", "target": "sm89", "inputs": [1], "outputs": []}',
-        '{"flavour": "rtx", "tensorrt": "1", "target": "sm89", "outputs": [], "inputs":'
-        ' [{"name": "x", "shape": [1], "dtype": "nn"}]}',
+        '{"flavour": "lean", "tensorrt": "1", "target": "sm89", "takes": [], "inputs": [],'
+        ' "outputs": []}',
+        '{"flavour": "rtx", "tensorrt": "1", "target": "sm89", "takes": [], "inputs": [1],'
+        ' "outputs": []}',
+        '{"flavour": "rtx", "tensorrt": "1", "target": "sm89", "takes": [], "outputs": [],'
+        ' "inputs": [{"name": "x", "shape": [1], "dtype": "nn"}]}',
     ],
 )
 def test_a_spoilt_description_is_an_integrity_error(text: str, tmp_path: Path) -> None:
@@ -267,6 +269,7 @@ def test_a_spoilt_description_is_an_integrity_error(text: str, tmp_path: Path) -
 
 
 def test_an_engine_of_another_segment_is_refused_before_it_is_read(tmp_path: Path) -> None:
-    EngineIO("rtx", "1.5.0.114", "sm89", {"inputs_0": SPEC}, {"output0": SPEC}).write(tmp_path)
+    io = EngineIO("rtx", "1.5.0.114", "sm89", (SPEC,), {"inputs_0": SPEC}, {"output0": SPEC})
+    io.write(tmp_path)
     with pytest.raises(IncompatibleError, match=r"takes bfloat16\[4, 64\]; segment 'mlp'"):
         EngineRuntime(torch.device("cpu")).load(tmp_path, mlp())

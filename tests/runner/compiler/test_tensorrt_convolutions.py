@@ -32,7 +32,6 @@ FAST = [
     pytest.param((1, 16, 8, 8), {"kernel_size": 3}, id="many channels"),
     pytest.param((1, 4, 8, 8), {"kernel_size": 3, "groups": 4}, id="grouped"),
     pytest.param((1, 3, 8, 8), {"kernel_size": 3, "dilation": 2}, id="dilated"),
-    pytest.param((1, 3, 8, 8), {"kernel_size": 1}, id="of one place"),
     pytest.param((1, 3, 9, 9), {"kernel_size": 2, "stride": 3}, id="with gaps"),
     pytest.param((3, 8, 8), {"kernel_size": 3}, id="without a batch"),
 ]
@@ -78,6 +77,11 @@ def test_a_convolution_of_few_channels_sees_sixteen_and_finds_the_same(
 def test_other_convolutions_stay(shape: Sizes, options: dict[str, object]) -> None:
     program = segment(shape, torch.float16, **options).export("cpu")
     assert reform(program, "rtx") is program
+
+
+def test_a_kernel_of_one_place_keeps_its_channels() -> None:
+    program = segment((1, 3, 8, 8), torch.float16, kernel_size=1).export("cpu")
+    assert channels_seen(reform(program, "rtx")) == [3]
 
 
 def test_another_flavour_has_its_own_forms() -> None:

@@ -54,6 +54,29 @@ class Rotated(nn.Module):
         return rotate(heads, cos, sin)
 
 
+class Vision(nn.Module):
+    """A stem of few channels, and a residual block; in three dims as in two."""
+
+    def __init__(self, dims: int) -> None:
+        super().__init__()
+        conv, norm, pool = [
+            (nn.Conv2d, nn.BatchNorm2d, nn.MaxPool2d),
+            (nn.Conv3d, nn.BatchNorm3d, nn.MaxPool3d),
+        ][dims - 2]
+        self.stem = nn.Sequential(
+            conv(3, 64, 7, stride=2, padding=3, bias=False), norm(64), nn.ReLU(), pool(3, 2, 1)
+        )
+        self.block = nn.Sequential(
+            *(conv(64, 16, 1, bias=False), norm(16), nn.ReLU()),
+            *(conv(16, 16, 3, padding=1, bias=False), norm(16, eps=1e-3), nn.ReLU()),
+            *(conv(16, 64, 1), norm(64, affine=False)),
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x)
+        return torch.relu(x + self.block(x))
+
+
 @pytest.fixture(scope="module")
 def device() -> torch.device:
     return torch.device("cuda", torch.cuda.current_device())
@@ -88,9 +111,9 @@ def rotated(rows: int, dtype: torch.dtype) -> Segment:
 def random_inputs(segment: Segment, device: torch.device, *, seed: int) -> list[torch.Tensor]:
     generator = torch.Generator(device).manual_seed(seed)
     return [
-        (torch.randn(spec.shape, generator=generator, device=device) * spec.shape[-1] ** -0.25).to(
-            spec.dtype
-        )
+        torch.randn(spec.shape, generator=generator, device=device)
+        .mul_((spec.shape or (1,))[-1] ** -0.25)
+        .to(spec.dtype)
         for spec in segment.inputs
     ]
 
@@ -129,6 +152,24 @@ def test_an_engine_computes_what_its_module_does(
     engine = backend.load(build(backend, segment, tmp_path / "artefact", device), segment)
     for seed in range(2):
         inputs = random_inputs(segment, device, seed=seed)
+        check(engine(*inputs), segment, inputs)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("dims", [2, 3])
+def test_a_vision_engine_computes_what_its_module_does(
+    dims: int, dtype: torch.dtype, backend: TensorRTBackend, device: torch.device, tmp_path: Path
+) -> None:
+    """Its stem has another form there, and its kernels of 1 x 1 another shape."""
+    with torch.device("meta"):
+        module = Vision(dims).to(dtype).eval()
+    segment = Segment("vision", module, (TensorSpec((2, 3, *[32] * dims), dtype),))
+    engine = backend.load(build(backend, segment, tmp_path / "artefact", device), segment)
+    for seed in range(2):
+        inputs = random_inputs(segment, device, seed=seed)
+        for name, x in zip(segment.weights, inputs[1:], strict=True):
+            if name.endswith("running_var"):
+                x.abs_().add_(0.5)
         check(engine(*inputs), segment, inputs)
 
 
