@@ -37,7 +37,9 @@ def plan(
     ] = None,
     measure: Annotated[
         bool,
-        typer.Option("--measure", help="Time a tensor model's parts here, and cut by the times."),
+        typer.Option(
+            "--measure", help="Time a tensor model's parts and compiled stages here; cut by that."
+        ),
     ] = False,
     rank: Annotated[
         int | None, typer.Option("--rank", help="List every tensor of this rank and its slices.")

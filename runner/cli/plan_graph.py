@@ -1,6 +1,8 @@
 """What `shardline plan` finds out about a tensor model."""
 
+import time
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import ConfigError
@@ -49,8 +51,10 @@ class GraphResult:
 
         Raises:
             ConfigError: the cut is given.
-            PreflightError: the device that the model is for is not here.
+            PreflightError: the device that the model is for, or what compiles for it, is not here.
+            UnsupportedSegmentError: a stage cannot be compiled.
         """
+        from runner.build.progress import announce
         from runner.graph_planning import GraphJob
         from runner.pipeline.measure import Measured
 
@@ -62,7 +66,7 @@ class GraphResult:
         refuse_given(loaded, ["parallel.split_points", *by_hand], "--measure", "the cut")
         job = GraphJob.prepare(loaded.config)
         assert job.model is not None, "it is not from a bundle"
-        measured = Measured.of(job)
+        measured = Measured.of(job, tell=partial(announce, started_s=time.monotonic()))
         config = _changed(loaded.config, split_points=list(measured.split_points) or None)
         origins = loaded.origins | {"parallel.split_points": "--measure"}
         effective = replace(loaded, config=config, origins=origins)

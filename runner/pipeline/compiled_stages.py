@@ -1,6 +1,5 @@
 """How long the stages of a cut take when they are compiled, as `compile` would compile them."""
 
-import logging
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -14,8 +13,6 @@ from parallel.graph_stage import Piece
 from runner.compiler.backend import Backend, Compiled
 from runner.compiler.segment import Segment, named_tensors
 from runner.pipeline.timing import call_seconds, random_of, spec_of
-
-_LOG = logging.getLogger(__name__)
 
 
 class CompiledStages:
@@ -46,7 +43,6 @@ class CompiledStages:
         spans = list(pairwise([0, *boundaries, len(self._graph.units)]))
         for index, span in enumerate(spans):
             if span not in self._found:
-                _LOG.info("compiling stage %d of %d to measure it", index, len(spans))
                 (piece,) = self._graph.stages(boundaries)[index].pieces
                 self._found[span] = self._fastest(f"stage{index}", piece)
         return tuple(self._found[span] for span in spans)

@@ -5,7 +5,7 @@ that this leads to, compiled: what a compiler fuses differs from part to part. W
 enters a plan: it is told as split points, which make the same plan on every rank.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 
@@ -19,7 +19,7 @@ from parallel.graph_plan import GraphPlan
 from parallel.graph_planner import bubble_of
 from parallel.graph_stage import Piece, Stage
 from parallel.graph_twin import trace_whole
-from runner.compiler.backends import Backends, candidates_of
+from runner.compiler.backends import Backends, candidates_of, check_backend
 from runner.compiler.segment import Segment, named_tensors
 from runner.graph_planning import GraphJob
 from runner.pipeline.compiled_stages import CompiledStages
@@ -55,13 +55,14 @@ class Measured:
     warnings: tuple[str, ...]
 
     @classmethod
-    def of(cls, job: GraphJob) -> "Measured":
+    def of(cls, job: GraphJob, *, tell: Callable[[str], None] = lambda _: None) -> "Measured":
         """Measure a model, and balance its stages.
 
         Only such cuts count as split points can name.
 
         Args:
             job: with the model, cut by estimates.
+            tell: is told what begins.
 
         Raises:
             ConfigError: fewer places to cut at than stages need.
@@ -70,19 +71,20 @@ class Measured:
         """
         assert job.model is not None, "a bundle is cut already"
         plan, device = job.plan, _device_of(job)
+        backends = _compilers(job, device) if len(plan.tp_sizes) > 1 else ()
         tp_plan = job.config.parallel.tp_plan
         graph = trace_whole(
             job.model.module, plan.buckets[-1], plan.topology, tp_plan, device=device.type
         )
         captures = not job.config.compile.enforce_eager
+        tell(f"timing {len(graph.units)} parts of the model")
         times = unit_times(graph, device, captures=captures)
         balance = Balance(graph, plan.tp_sizes)
         boundaries = balance.cut(times)
-        backends = _compilers(job, device) if boundaries else ()
         if backends:
             made = Backends(device)
             stages = CompiledStages(graph, device, [made[b] for b in backends], captures=captures)
-            times, boundaries = balance.cut_compiled(times, stages)
+            times, boundaries = balance.cut_compiled(times, stages, tell)
         return cls(
             device=_name_of(device),
             backends=backends,
@@ -120,7 +122,10 @@ class Balance:
         return tuple(sum(span) / size for span, size in spans)
 
     def cut_compiled(
-        self, times: tuple[float, ...], stages: CompiledStages
+        self,
+        times: tuple[float, ...],
+        stages: CompiledStages,
+        tell: Callable[[str], None] = lambda _: None,
     ) -> tuple[tuple[float, ...], Boundaries]:
         """The best cut by what compiled stages take, and the times of all units within it.
 
@@ -130,6 +135,7 @@ class Balance:
         tried: dict[Boundaries, tuple[float, ...]] = {}
         boundaries = self.cut(times)
         while boundaries not in tried and len(tried) < _MOST_CUTS:
+            tell(f"compiling the stages of a cut at {', '.join(self.names[b] for b in boundaries)}")
             times = _corrected(times, boundaries, stages.seconds(boundaries))
             tried[boundaries] = times
             boundaries = self.cut(times)
@@ -179,10 +185,18 @@ def unit_times(graph: Graph, device: torch.device, *, captures: bool) -> tuple[f
 
 
 def _compilers(job: GraphJob, device: torch.device) -> tuple[str, ...]:
-    """The backends that are to compile the stages, if any does more than PyTorch itself."""
+    """The backends that are to compile the stages, if any does more than PyTorch itself.
+
+    Raises:
+        PreflightError: there is one, and it is not usable on this host.
+    """
     names = candidates_of(job.config.compile.backend)
     usable = tuple(name for name in names if device.type != "cpu" or name != "tensorrt")
-    return () if set(usable) <= {"eager"} else usable
+    if set(usable) <= {"eager"}:
+        return ()
+    if len(usable) == 1:
+        check_backend(usable[0], device.type)
+    return usable
 
 
 def _device_of(job: GraphJob) -> torch.device:
