@@ -6,7 +6,6 @@ do not fit into the cache.
 """
 
 import math
-import time
 from dataclasses import dataclass
 from statistics import median
 
@@ -16,11 +15,11 @@ from runner.build.agreement import LEAST_ERROR
 from runner.build.tf32 import products_in_tf32
 from runner.build.widening import run_widened, wider_than
 from runner.compiler.backend import Compiled
+from runner.compiler.rounds import round_seconds
 from runner.compiler.segment import Segment, TensorSpec, named_tensors
 
 Inputs = tuple[torch.Tensor, ...]
 
-_ROUNDS = 7
 _CACHE_SHARE = 4
 """Inputs of so many times the size of the cache are cycled through."""
 _MAX_SETS = 16
@@ -94,40 +93,7 @@ def _error_of(output: torch.Tensor, exact: torch.Tensor) -> float:
 def microseconds(run: Compiled, inputs: tuple[Inputs, ...]) -> float:
     """The median time of a call; on a GPU inside a CUDA graph, so without the host's share."""
     device = next((x.device for x in inputs[0]), torch.device("cpu"))
-    rounds = [_round_on_gpu, _round_on_cpu][device.type == "cpu"](run, inputs)
-    return median(rounds) / len(inputs) * 1e6
-
-
-def _round_on_gpu(run: Compiled, inputs: tuple[Inputs, ...]) -> list[float]:
-    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for arguments in inputs:
-            run(*arguments)
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
-        for arguments in inputs:
-            run(*arguments)
-    seconds = []
-    for _ in range(_ROUNDS + 1):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
-        start.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        seconds.append(start.elapsed_time(end) / 1e3)
-    return seconds[1:]
-
-
-def _round_on_cpu(run: Compiled, inputs: tuple[Inputs, ...]) -> list[float]:
-    seconds = []
-    for _ in range(_ROUNDS + 1):
-        started = time.perf_counter()
-        for arguments in inputs:
-            run(*arguments)
-        seconds.append(time.perf_counter() - started)
-    return seconds[1:]
+    return median(round_seconds(run, inputs, device)) / len(inputs) * 1e6
 
 
 def _draw(segment: Segment, device: torch.device, generator: torch.Generator) -> Inputs:

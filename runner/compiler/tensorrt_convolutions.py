@@ -3,7 +3,8 @@
 The first convolution of a vision model sees three channels or one, for which RTX has no kernel that
 uses tensor cores; with sixteen it has. So what lies between two steps of the kernel becomes
 channels (space to depth), seen by a smaller kernel of stride 1, and zeros fill up the rest
-(docs/measurements.md). On another GPU or version that may differ.
+(docs/measurements.md: stems of 7 x 7). It is left alone where that multiplies more than to fill up
+its channels would. On another GPU or version that may differ.
 """
 
 from collections.abc import Sequence
@@ -37,9 +38,8 @@ def convolution(
     dilation: Sequence[int] = (1,),
     groups: int = 1,
 ) -> torch.Tensor:
-    """The same sums as those of `aten.conv2d` and `aten.conv3d`, with zeros among them.
-
-    NotImplemented says that it is fast as it is.
+    """The same sums as those of `aten.conv2d` and `aten.conv3d`, with zeros among them: so of
+    finite numbers. NotImplemented says that it is fast as it is.
     """
     axes = _axes_of(x, weight, stride, padding, dilation, groups)
     if axes is None:
@@ -49,7 +49,7 @@ def convolution(
     strides = [axis.stride for axis in axes]
     pixels = _to_depth(x, strides)
     kernels = _to_depth(_padded(weight, [axis.around_kernel for axis in axes]), strides)
-    channels = 0, -pixels.shape[1] % _CHANNELS
+    channels = 0, _filled_up(pixels.shape[1]) - pixels.shape[1]
     convolve = F.conv2d if x.dim() == 4 else F.conv3d
     return convolve(
         _padded(pixels, [channels, *(axis.around_pixels for axis in axes)]),
@@ -122,7 +122,13 @@ def _axes_of(
     strides, paddings = (_of_all(given, len(kernel)) for given in (stride, padding))
     if any(step > size for step, size in zip(strides, kernel, strict=True)):
         return None
-    return [_Axis(*sizes) for sizes in zip(x.shape[2:], kernel, strides, paddings, strict=True)]
+    axes = [_Axis(*sizes) for sizes in zip(x.shape[2:], kernel, strides, paddings, strict=True)]
+    products = prod(axis.taps for axis in axes) * _filled_up(x.shape[1] * prod(strides))
+    return axes if products <= prod(kernel) * _CHANNELS else None
+
+
+def _filled_up(channels: int) -> int:
+    return -(-channels // _CHANNELS) * _CHANNELS
 
 
 def _of_all(given: Sequence[int], num_dims: int) -> Sequence[int]:

@@ -1,4 +1,4 @@
-"""What TensorRT-RTX is slow at, written anew: a program that computes the same up to rounding."""
+"""What TensorRT-RTX is slow at, written anew: of finite numbers it is the same up to rounding."""
 
 import warnings
 

@@ -63,7 +63,8 @@ class EngineIO:
                 flavour=values["flavour"],
                 tensorrt=str(values["tensorrt"]),
                 target=str(values["target"]),
-                takes=tuple(map(_from_json, values["takes"])),
+                # Before kernels were turned there was no difference.
+                takes=tuple(map(_from_json, values.get("takes", values["inputs"]))),
                 inputs={str(one["name"]): _from_json(one) for one in values["inputs"]},
                 outputs={str(one["name"]): _from_json(one) for one in values["outputs"]},
             )

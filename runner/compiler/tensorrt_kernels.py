@@ -22,7 +22,10 @@ _CONVOLUTIONS = (_aten.conv2d.default, _aten.conv3d.default)
 def turn_kernels(
     program: torch.export.ExportedProgram, flavour: Flavour
 ) -> torch.export.ExportedProgram:
-    """The program with such kernels as (columns, 1, 1, channels); itself where there are none."""
+    """The program with such kernels as (columns, 1, 1, channels).
+
+    Itself where there are none, and where it holds constants, as those that a `forward` makes.
+    """
     signature = program.graph_signature
     if flavour != "rtx" or len(signature.input_specs) > len(signature.user_inputs):
         return program

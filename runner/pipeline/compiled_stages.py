@@ -1,5 +1,9 @@
-"""How long the stages of a cut take when they are compiled, as `compile` would compile them."""
+"""How long the stages of a cut take once they are compiled.
 
+Not here: whether they compute the same, which `compile` judges.
+"""
+
+import logging
 from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -7,12 +11,18 @@ from tempfile import TemporaryDirectory
 
 import torch
 
-from parallel.errors import PreflightError, UnsupportedSegmentError
+from parallel.errors import ShardlineError
 from parallel.graph import Graph
+from parallel.graph_cut import Boundaries
 from parallel.graph_stage import Piece
-from runner.compiler.backend import Backend, Compiled
-from runner.compiler.segment import Segment, named_tensors
-from runner.pipeline.timing import call_seconds, random_of, spec_of
+from runner.compiler.backend import Backend
+from runner.compiler.segment import Segment
+from runner.pipeline.timing import call_seconds, random_of, spec_of, weights_of
+
+_LOG = logging.getLogger(__name__)
+
+_Span = tuple[int, int]
+"""Of units: the first, and the first after."""
 
 
 class CompiledStages:
@@ -24,52 +34,56 @@ class CompiledStages:
         """
         Args:
             graph: traced for `device`, undivided and without collectives.
-            backends: of several the fastest counts, and what one of them cannot compile does not.
+            backends: of several the fastest counts, and what one of them cannot do is left out.
             captures: see `call_seconds`.
         """
         self._graph = graph
         self._device = device
         self._backends = backends
         self._captures = captures
-        self._found: dict[tuple[int, int], float] = {}
+        self._found: dict[_Span, tuple[float, str]] = {}
 
-    def seconds(self, boundaries: Sequence[int]) -> tuple[float, ...]:
+    def seconds(self, boundaries: Boundaries) -> tuple[float, ...]:
         """Of every stage of a cut, one after the other.
 
         Raises:
-            UnsupportedSegmentError: no backend can compile a stage.
-            PreflightError: the only backend is not usable on this host.
+            ShardlineError: the only backend cannot do it, or none of several.
         """
-        spans = list(pairwise([0, *boundaries, len(self._graph.units)]))
-        for index, span in enumerate(spans):
+        spans = self._spans(boundaries)
+        for span, stage in zip(spans, self._graph.stages(boundaries), strict=True):
             if span not in self._found:
-                (piece,) = self._graph.stages(boundaries)[index].pieces
-                self._found[span] = self._fastest(f"stage{index}", piece)
-        return tuple(self._found[span] for span in spans)
+                (piece,) = stage.pieces
+                self._found[span] = self._fastest(piece)
+        return tuple(self._found[span][0] for span in spans)
 
-    def _fastest(self, kind: str, piece: Piece) -> float:
-        segment = Segment(kind, piece.module, tuple(map(spec_of, piece.inputs)))
-        program = segment.export(self._device)
-        seconds, refusals = [], []
-        for backend in self._backends:
-            with TemporaryDirectory(prefix="shardline-measure-") as folder:
-                try:
-                    backend.build(segment, program, Path(folder))
-                    run = backend.load(Path(folder), segment)
-                except (PreflightError, UnsupportedSegmentError) as refusal:
-                    refusals.append(refusal)
-                    continue
-                seconds.append(self._time(run, piece))
-        if not seconds:
-            raise refusals[0]
-        return min(seconds)
+    def backends(self, boundaries: Boundaries) -> tuple[str, ...]:
+        """What compiled the stages of a cut that was timed; each is named once."""
+        return tuple(dict.fromkeys(self._found[span][1] for span in self._spans(boundaries)))
+
+    def _spans(self, boundaries: Boundaries) -> list[_Span]:
+        return list(pairwise([0, *boundaries, len(self._graph.units)]))
+
+    def _fastest(self, piece: Piece) -> tuple[float, str]:
+        found: list[tuple[float, str]] = []
+        for index, backend in enumerate(self._backends):
+            try:
+                found.append((self._time(backend, piece), backend.name))
+            # Whatever one fails of, the others may do.
+            except (ShardlineError, RuntimeError) as error:
+                if not found and index == len(self._backends) - 1:
+                    raise
+                _LOG.warning("left out of measuring: %s: %s", backend.name, error)
+        return min(found)
 
     @torch.inference_mode()
-    def _time(self, run: Compiled, piece: Piece) -> float:
-        generator = torch.Generator(self._device).manual_seed(0)
-        given = tuple(random_of(value, self._device, generator) for value in piece.inputs)
-        weights = tuple(
-            tensor.detach().contiguous().to(self._device)
-            for _, tensor in named_tensors(piece.module)
-        )
-        return call_seconds(run, given, weights, self._device, captures=self._captures)
+    def _time(self, backend: Backend, piece: Piece) -> float:
+        segment = Segment("stage", piece.module, tuple(map(spec_of, piece.inputs)))
+        with TemporaryDirectory(prefix="shardline-measure-") as name:
+            folder = Path(name)
+            with torch.inference_mode(mode=False):
+                backend.build(segment, segment.export(self._device), folder)
+            run = backend.load(folder, segment)
+            generator = torch.Generator(self._device).manual_seed(0)
+            given = tuple(random_of(value, self._device, generator) for value in piece.inputs)
+            weights = weights_of(piece.module, self._device)
+            return call_seconds(run, given, weights, self._device, captures=self._captures)

@@ -11,6 +11,7 @@ from typing import Protocol
 
 import torch
 
+from parallel.errors import InternalError
 from runner.pipeline.stage_worker import NUM_SLOTS, Values
 
 
@@ -145,10 +146,17 @@ def _event() -> torch.cuda.Event:
 
 
 def fill(samples: Sequence[torch.Tensor], buffer: torch.Tensor) -> None:
-    """Put samples into a buffer, one after the other; zeros after them."""
+    """Put samples into a buffer, one after the other; zeros after them.
+
+    Raises:
+        InternalError: a sample has another shape than the buffer's.
+    """
     if len(samples) == 1 and samples[0].shape == buffer.shape:
         buffer.copy_(samples[0])
         return
+    # What is stacked would be given the shape of the samples, whatever lies behind the buffer.
+    if wrong := next((s.shape for s in samples if s.shape != buffer.shape[1:]), None):
+        raise InternalError(f"a sample of {list(wrong)} for a buffer of {list(buffer.shape)}")
     # In one call: between several, other threads would take the interpreter.
     torch.stack(list(samples), out=buffer[: len(samples)])
     buffer[len(samples) :].zero_()

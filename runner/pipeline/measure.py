@@ -20,10 +20,10 @@ from parallel.graph_planner import bubble_of
 from parallel.graph_stage import Piece, Stage
 from parallel.graph_twin import trace_whole
 from runner.compiler.backends import Backends, candidates_of, check_backend
-from runner.compiler.segment import Segment, named_tensors
+from runner.compiler.segment import Segment
 from runner.graph_planning import GraphJob
 from runner.pipeline.compiled_stages import CompiledStages
-from runner.pipeline.timing import call_seconds, random_of, spec_of
+from runner.pipeline.timing import call_seconds, random_of, spec_of, weights_of
 
 _MOST_CUTS = 4
 """Cuts whose stages are compiled; two are enough for most models."""
@@ -35,7 +35,7 @@ class Measured:
 
     Attributes:
         device: on which they were taken.
-        backends: what compiled the stages, of several the fastest; empty: nothing did.
+        backends: what compiled the stages, each named once; empty: nothing did.
         unit_names, unit_times_s: of every part that a cut can move, in order; one batch of the
             largest bucket, undivided. By PyTorch's own kernels; those of a compiled stage by as
             much less as the stage takes less than all of them.
@@ -81,13 +81,15 @@ class Measured:
         times = unit_times(graph, device, captures=captures)
         balance = Balance(graph, plan.tp_sizes)
         boundaries = balance.cut(times)
+        compiled_by: tuple[str, ...] = ()
         if backends:
             made = Backends(device)
             stages = CompiledStages(graph, device, [made[b] for b in backends], captures=captures)
             times, boundaries = balance.cut_compiled(times, stages, tell)
+            compiled_by = stages.backends(boundaries)
         return cls(
             device=_name_of(device),
-            backends=backends,
+            backends=compiled_by,
             unit_names=tuple(unit.name for unit in graph.units),
             unit_times_s=times,
             split_points=tuple(balance.names[boundary] for boundary in boundaries),
@@ -176,7 +178,7 @@ def unit_times(graph: Graph, device: torch.device, *, captures: bool) -> tuple[f
         segment = Segment("unit", piece.module, tuple(map(spec_of, piece.inputs)))
         run = segment.function()
         given = tuple(values[value.name] for value in piece.inputs)
-        held = tuple(t.detach().contiguous().to(device) for _, t in named_tensors(piece.module))
+        held = weights_of(piece.module, device)
         for value, tensor in zip(piece.outputs, run(*given, *held), strict=True):
             values[value.name] = tensor
         values = {value.name: values[value.name] for value in stage.sends}

@@ -75,7 +75,8 @@ class Pipeline:
             bucket: index of the shapes; no more samples than its batch size.
 
         Returns:
-            For each sample its outputs, on the CPU; parts of what the whole batch returns.
+            For each sample its outputs, on the CPU. They share the memory of their batch, which
+            lives as long as one of them.
 
         Raises:
             RankLostError: `drive` has failed; it says why.
@@ -205,13 +206,14 @@ class Pipeline:
     def _answer(self, awaited: _Awaited) -> list[list[torch.Tensor]]:
         program = self._worker.programs[awaited.batch.bucket]
         names = [value.name for value in program.distinct_results]
-        tensors = [_pageable(tensor) for tensor in awaited.fetched.tensors]
-        found = dict(zip(names, tensors, strict=True))
+        tensors = awaited.fetched.tensors
+        if self._is_batched:
+            tensors = [tensor[: len(awaited.batch.samples)] for tensor in tensors]
+        found = dict(zip(names, map(_pageable, tensors), strict=True))
         outputs = [found[value.name] for value in program.results]
         if not self._is_batched:
             return [outputs]
-        rows = [output[: len(awaited.batch.samples)].unbind() for output in outputs]
-        return [list(row) for row in zip(*rows, strict=True)]
+        return [list(row) for row in zip(*(x.unbind() for x in outputs), strict=True)]
 
 
 def _pageable(x: torch.Tensor) -> torch.Tensor:

@@ -34,6 +34,9 @@ FAST = [
     pytest.param((1, 3, 8, 8), {"kernel_size": 3, "dilation": 2}, id="dilated"),
     pytest.param((1, 3, 9, 9), {"kernel_size": 2, "stride": 3}, id="with gaps"),
     pytest.param((3, 8, 8), {"kernel_size": 3}, id="without a batch"),
+    pytest.param(
+        (1, 15, 8, 8, 8), {"kernel_size": 3, "stride": 2, "padding": 1}, id="too much to fill up"
+    ),
 ]
 
 

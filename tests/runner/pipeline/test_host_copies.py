@@ -5,6 +5,7 @@ copies.
 import pytest
 import torch
 
+from parallel.errors import InternalError
 from runner.pipeline.host_copies import DirectCopies, HostCopies, StreamedCopies, fill
 
 CPU = pytest.param("cpu")
@@ -36,6 +37,14 @@ def test_a_sample_becomes_what_the_buffer_holds() -> None:
     buffer = torch.zeros(2, 3, dtype=torch.bfloat16)
     fill([torch.tensor([1.0, 2.0, 3.001])], buffer)
     assert buffer[0].tolist() == [1, 2, 3]
+
+
+@pytest.mark.parametrize("shapes", [[(4,), (4,)], [(3,), (1,)], [(2,)]], ids=str)
+def test_samples_of_another_shape_touch_nothing(shapes: list[tuple[int, ...]]) -> None:
+    block = torch.full((12,), 7.0)
+    with pytest.raises(InternalError, match=r"for a buffer of \[2, 3\]"):
+        fill([torch.ones(shape) for shape in shapes], block[:6].view(2, 3))
+    assert (block == 7).all()
 
 
 @DEVICES

@@ -14,6 +14,9 @@ from parallel.errors import ConfigError, PreflightError
 from parallel.graph_cut import cut_by_cost
 from parallel.graph_modules import split_points
 from parallel.graph_twin import trace_whole
+from runner.compiler.counter import count_compilations
+from runner.compiler.eager import EagerBackend
+from runner.compiler.segment import Segment
 from runner.config.load import load
 from runner.graph_planning import GraphJob
 from runner.pipeline.compiled_stages import CompiledStages
@@ -249,10 +252,41 @@ def test_stages_are_compiled_by_what_is_to_compile_them(prepare: Prepare) -> Non
     job = prepare("graph_models:Mlp", SUPPORT, inputs, pipeline_parallel_size=2)
     settings = job.config.compile.model_copy(update={"backend": "inductor"})
     job = replace(job, config=job.config.model_copy(update={"compile": settings}))
-    found = Measured.of(job)
+    told: list[str] = []
+    before = count_compilations()
+    found = Measured.of(job, tell=told.append)
     assert found.backends == ("inductor",)
     assert len(found.split_points) == 1
-    assert sum(found.stage_times_s) == pytest.approx(sum(found.unit_times_s))
+    num_cuts = sum(line.startswith("compiling the stages of a cut at") for line in told)
+    assert num_cuts >= 1
+    assert count_compilations() - before >= num_cuts + 1
+
+
+class Unusable(EagerBackend):
+    """Stands for a backend that this host lacks something for."""
+
+    name = "unusable"
+
+    def build(self, segment: Segment, program: torch.export.ExportedProgram, folder: Path) -> None:
+        del segment, program, folder
+        raise PreflightError("its compiler is not here")
+
+
+def test_a_backend_that_cannot_do_it_is_named_and_left_out(
+    unet: Callable[..., GraphJob], caplog: pytest.LogCaptureFixture
+) -> None:
+    job = unet()
+    assert job.model is not None
+    graph = trace_whole(job.model.module, job.plan.buckets[-1], job.plan.topology, None)
+    cut = Balance(graph, [1, 1]).cut([1e-3] * len(graph.units))
+    cpu = torch.device("cpu")
+    stages = CompiledStages(graph, cpu, [Unusable(), EagerBackend()], captures=False)
+    assert min(stages.seconds(cut)) > 0
+    assert stages.backends(cut) == ("eager",)
+    assert "left out of measuring: unusable: its compiler is not here" in caplog.text
+    alone = CompiledStages(graph, cpu, [Unusable()], captures=False)
+    with pytest.raises(PreflightError, match="its compiler is not here"):
+        alone.seconds(cut)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
