@@ -29,14 +29,13 @@ def turn_kernels(
     signature = program.graph_signature
     if flavour != "rtx" or len(signature.input_specs) > len(signature.user_inputs):
         return program
+    if not any(map(_is_kernel_of_1, program.graph.nodes)):
+        return program
     module = copy.deepcopy(program.graph_module)
     places = [node for node in module.graph.nodes if node.op == "placeholder"]
-    if not any(map(_is_kernel_of_1, places)):
-        return program
     inputs = []
     for place in places:
-        value = place.meta["val"]
-        spec = TensorSpec.of(value)
+        spec = TensorSpec.of(place.meta["val"])
         if _is_kernel_of_1(place):
             spec = _turn(module.graph, place, spec, places[-1])
         inputs.append(spec)
@@ -71,12 +70,13 @@ class _Flat(nn.Module):
         return tuple(self.graph(*inputs))
 
 
-def _is_kernel_of_1(place: torch.fx.Node) -> bool:
-    """Whether an input is nothing but the kernel of 1 x 1, or 1 x 1 x 1, of convolutions."""
-    shape = place.meta["val"].shape
+def _is_kernel_of_1(node: torch.fx.Node) -> bool:
+    """Whether it is an input that convolutions alone read, as a kernel of 1 x 1 or 1 x 1 x 1."""
+    if node.op != "placeholder" or not node.users:
+        return False
+    shape = node.meta["val"].shape
     return (
-        bool(place.users)
-        and len(shape) in (4, 5)
+        len(shape) in (4, 5)
         and prod(shape[2:]) == 1
-        and all(u.target in _CONVOLUTIONS and u.args[1] is place for u in place.users)
+        and all(user.target in _CONVOLUTIONS and user.args[1] is node for user in node.users)
     )
