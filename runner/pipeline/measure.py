@@ -26,7 +26,7 @@ from runner.pipeline.compiled_stages import CompiledStages
 from runner.pipeline.timing import call_seconds, random_of, spec_of, weights_of
 
 _MOST_CUTS = 4
-"""Cuts whose stages are compiled; two are enough for most models."""
+"""Cuts whose stages are compiled."""
 
 
 @dataclass(frozen=True)
