@@ -91,7 +91,7 @@ def describe_measured(measured: "Measured") -> str:
 def _compiled_by(measured: "Measured") -> str:
     if not measured.backends:
         return "by PyTorch's own kernels"
-    return f"in stages compiled by {' or '.join(measured.backends)}"
+    return f"in stages compiled by {' and '.join(measured.backends)}"
 
 
 def _quoted(name: str) -> str:

@@ -14,6 +14,8 @@ from math import prod
 import torch
 import torch.nn.functional as F
 
+CONVOLUTIONS = (torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default)
+
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32)
 _CHANNELS = 16
 
@@ -23,7 +25,7 @@ _Padding = tuple[int, int]
 
 def is_slow_convolution(node: torch.fx.Node) -> bool:
     """Whether `convolution` writes a node anew."""
-    if node.target not in (torch.ops.aten.conv2d.default, torch.ops.aten.conv3d.default):
+    if node.target not in CONVOLUTIONS:
         return False
     x, weight = (node.args[i].meta["val"] for i in range(2))  # type: ignore[union-attr]
     return _axes_of(x, weight, *node.args[3:]) is not None  # type: ignore[arg-type]

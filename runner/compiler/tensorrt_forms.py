@@ -4,7 +4,7 @@ import warnings
 
 import torch
 
-from runner.compiler.tensorrt_convolutions import convolution, is_slow_convolution
+from runner.compiler.tensorrt_convolutions import CONVOLUTIONS, convolution, is_slow_convolution
 from runner.compiler.tensorrt_install import Flavour
 from runner.compiler.tensorrt_kernels import turn_kernels
 from runner.compiler.tensorrt_products import is_slow_product, product
@@ -12,12 +12,7 @@ from runner.compiler.tensorrt_products import is_slow_product, product
 FORMS = "3"
 """Counts up with every change of a form; part of an artefact's key."""
 
-_aten = torch.ops.aten
-_FORMS = {
-    _aten.linear.default: product,
-    _aten.conv2d.default: convolution,
-    _aten.conv3d.default: convolution,
-}
+_FORMS = {torch.ops.aten.linear.default: product, **dict.fromkeys(CONVOLUTIONS, convolution)}
 
 
 def reform(program: torch.export.ExportedProgram, flavour: Flavour) -> torch.export.ExportedProgram:

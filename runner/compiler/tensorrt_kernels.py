@@ -13,10 +13,8 @@ import torch
 from torch import nn
 
 from runner.compiler.segment import TensorSpec
+from runner.compiler.tensorrt_convolutions import CONVOLUTIONS
 from runner.compiler.tensorrt_install import Flavour
-
-_aten = torch.ops.aten
-_CONVOLUTIONS = (_aten.conv2d.default, _aten.conv3d.default)
 
 
 def turn_kernels(
@@ -54,7 +52,7 @@ def _turn(
     columns, channels, *places = spec.shape
     dims = [0, len(places) + 1, *range(1, len(places) + 1)]
     with graph.inserting_after(last):
-        turned = graph.call_function(_aten.permute.default, (kernel, dims))
+        turned = graph.call_function(torch.ops.aten.permute.default, (kernel, dims))
     kernel.replace_all_uses_with(turned, lambda user: user is not turned)
     return TensorSpec((columns, *places, channels), spec.dtype)
 
@@ -78,5 +76,5 @@ def _is_kernel_of_1(node: torch.fx.Node) -> bool:
     return (
         len(shape) in (4, 5)
         and prod(shape[2:]) == 1
-        and all(user.target in _CONVOLUTIONS and user.args[1] is node for user in node.users)
+        and all(user.target in CONVOLUTIONS and user.args[1] is node for user in node.users)
     )

@@ -15,7 +15,8 @@ from parallel.errors import ShardlineError
 from parallel.graph import Graph
 from parallel.graph_cut import Boundaries
 from parallel.graph_stage import Piece
-from runner.compiler.backend import Backend
+from runner.compiler.backend import Backend, Compiled
+from runner.compiler.rounds import Tensors
 from runner.compiler.segment import Segment
 from runner.pipeline.timing import call_seconds, random_of, spec_of, weights_of
 
@@ -64,10 +65,18 @@ class CompiledStages:
         return list(pairwise([0, *boundaries, len(self._graph.units)]))
 
     def _fastest(self, piece: Piece) -> tuple[float, str]:
+        segment = Segment("stage", piece.module, tuple(map(spec_of, piece.inputs)))
+        program = segment.export(self._device)
+        generator = torch.Generator(self._device).manual_seed(0)
+        given = tuple(random_of(value, self._device, generator) for value in piece.inputs)
+        weights = weights_of(piece.module, self._device)
         found: list[tuple[float, str]] = []
         for index, backend in enumerate(self._backends):
             try:
-                found.append((self._time(backend, piece), backend.name))
+                with TemporaryDirectory(prefix="shardline-measure-") as folder:
+                    backend.build(segment, program, Path(folder))
+                    run = backend.load(Path(folder), segment)
+                    found.append((self._time(run, given, weights), backend.name))
             # Whatever one fails of, the others may do.
             except (ShardlineError, RuntimeError) as error:
                 if not found and index == len(self._backends) - 1:
@@ -76,14 +85,5 @@ class CompiledStages:
         return min(found)
 
     @torch.inference_mode()
-    def _time(self, backend: Backend, piece: Piece) -> float:
-        segment = Segment("stage", piece.module, tuple(map(spec_of, piece.inputs)))
-        with TemporaryDirectory(prefix="shardline-measure-") as name:
-            folder = Path(name)
-            with torch.inference_mode(mode=False):
-                backend.build(segment, segment.export(self._device), folder)
-            run = backend.load(folder, segment)
-            generator = torch.Generator(self._device).manual_seed(0)
-            given = tuple(random_of(value, self._device, generator) for value in piece.inputs)
-            weights = weights_of(piece.module, self._device)
-            return call_seconds(run, given, weights, self._device, captures=self._captures)
+    def _time(self, run: Compiled, given: Tensors, weights: Tensors) -> float:
+        return call_seconds(run, given, weights, self._device, captures=self._captures)

@@ -80,13 +80,14 @@ class Measured:
         tell(f"timing {len(graph.units)} parts of the model")
         times = unit_times(graph, device, captures=captures)
         balance = Balance(graph, plan.tp_sizes)
-        boundaries = balance.cut(times)
         compiled_by: tuple[str, ...] = ()
         if backends:
             made = Backends(device)
             stages = CompiledStages(graph, device, [made[b] for b in backends], captures=captures)
             times, boundaries = balance.cut_compiled(times, stages, tell)
             compiled_by = stages.backends(boundaries)
+        else:
+            boundaries = balance.cut(times)
         return cls(
             device=_name_of(device),
             backends=compiled_by,

@@ -11,9 +11,10 @@ import torch
 
 from parallel.collectives import Group
 from runner.build.worklist import Work, worklist
+from runner.compiler.segment import Segment
 from runner.compiler.tensorrt import BuildSettings
 from runner.compiler.tensorrt_io import ENGINE_FILE, EngineIO
-from runner.compiler.tensorrt_target import BuildJob, run_builder
+from runner.compiler.tensorrt_target import BuildJob, TensorRTTargetBackend, run_builder
 from runner.config.load import load
 from runner.models.attention import GatherAttention
 from runner.models.decoder import DecoderStage
@@ -41,6 +42,17 @@ class Built:
 
     num_segments: int
     errors: tuple[str, ...]
+
+
+def engines_of(segments: Sequence[Segment], desk: Path) -> list[Path]:
+    """A folder for each segment, with an engine of it that was built for `TARGET`."""
+    jobs = []
+    for index, segment in enumerate(segments):
+        folder = desk / str(index)
+        folder.mkdir()
+        jobs.append(BuildJob(segment.kind, segment.export("cpu"), folder))
+    TensorRTTargetBackend(TARGET).build_all(jobs)
+    return [job.folder for job in jobs]
 
 
 def build_engines(

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_builds import engines_of
 from torch import nn
 
 from runner.compiler.segment import Segment, TensorSpec
 from runner.compiler.tensorrt_forms import reform
 from runner.compiler.tensorrt_io import ENGINE_FILE
-from runner.compiler.tensorrt_target import BuildJob, TensorRTTargetBackend
 
 aten = torch.ops.aten
 CONVOLUTIONS = (aten.conv2d.default, aten.conv3d.default)
@@ -102,12 +102,8 @@ def test_one_among_others_is_written_anew() -> None:
 
 
 def test_they_become_engines(tmp_path: Path) -> None:
-    jobs = []
     options = {"kernel_size": 7, "stride": 2, "padding": 3}
-    for index, shape in enumerate([(2, 3, 32, 32), (1, 3, 8, 32, 32)]):
-        folder = tmp_path / str(index)
-        folder.mkdir()
-        program = segment(shape, torch.float16, **options).export("cpu")
-        jobs.append(BuildJob("stem", program, folder))
-    TensorRTTargetBackend("sm89").build_all(jobs)
-    assert all((job.folder / ENGINE_FILE).stat().st_size for job in jobs)
+    shapes = [(2, 3, 32, 32), (1, 3, 8, 32, 32)]
+    segments = [segment(shape, torch.float16, **options) for shape in shapes]
+    for folder in engines_of(segments, tmp_path):
+        assert (folder / ENGINE_FILE).stat().st_size

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_builds import engines_of
 from torch import nn
 
 from runner.compiler.segment import Segment, TensorSpec
 from runner.compiler.tensorrt_io import ENGINE_FILE, EngineIO
 from runner.compiler.tensorrt_kernels import turn_kernels
-from runner.compiler.tensorrt_target import BuildJob, TensorRTTargetBackend
 
 
 class Block(nn.Module):
@@ -71,15 +71,9 @@ def test_another_flavour_reads_them_as_they_are() -> None:
 
 def test_an_engine_takes_them_turned(tmp_path: Path) -> None:
     segments = [block(dims, torch.float16) for dims in (2, 3)]
-    jobs = []
-    for index, segment in enumerate(segments):
-        folder = tmp_path / str(index)
-        folder.mkdir()
-        jobs.append(BuildJob("block", segment.export("cpu"), folder))
-    TensorRTTargetBackend("sm89").build_all(jobs)
-    for job, segment in zip(jobs, segments, strict=True):
-        assert (job.folder / ENGINE_FILE).stat().st_size
-        io = EngineIO.read(job.folder)
+    for folder, segment in zip(engines_of(segments, tmp_path), segments, strict=True):
+        assert (folder / ENGINE_FILE).stat().st_size
+        io = EngineIO.read(folder)
         assert io.takes == segment.inputs
         sizes = [spec.empty("meta").numel() for spec in io.inputs.values()]
         assert sizes == [spec.empty("meta").numel() for spec in segment.inputs]

@@ -4,12 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from engine_builds import engines_of
 from torch import nn
 
 from runner.compiler.segment import Segment, TensorSpec
 from runner.compiler.tensorrt_forms import reform
 from runner.compiler.tensorrt_io import ENGINE_FILE
-from runner.compiler.tensorrt_target import BuildJob, TensorRTTargetBackend
 
 aten = torch.ops.aten
 
@@ -66,11 +66,7 @@ def test_other_precisions_and_flavours_stay_as_they_are() -> None:
 
 
 def test_every_form_becomes_an_engine(tmp_path: Path) -> None:
-    jobs = []
-    for index, (rows, length, columns) in enumerate([(1, 64, 96), (1, 8196, 32), (8, 32, 4100)]):
-        folder = tmp_path / str(index)
-        folder.mkdir()
-        program = segment(rows, length, columns, torch.bfloat16, bias=True).export("cpu")
-        jobs.append(BuildJob("linear", program, folder))
-    TensorRTTargetBackend("sm89").build_all(jobs)
-    assert all((job.folder / ENGINE_FILE).stat().st_size for job in jobs)
+    sizes = [(1, 64, 96), (1, 8196, 32), (8, 32, 4100)]
+    segments = [segment(*size, torch.bfloat16, bias=True) for size in sizes]
+    for folder in engines_of(segments, tmp_path):
+        assert (folder / ENGINE_FILE).stat().st_size
