@@ -124,8 +124,18 @@ def build(backend: Backend, segment: Segment, folder: Path, device: torch.device
     return folder
 
 
-def check(got: tuple[torch.Tensor, ...], segment: Segment, inputs: list[torch.Tensor]) -> None:
-    """Equal to the module in float64, as far as the dtype goes."""
+def check(
+    got: tuple[torch.Tensor, ...],
+    segment: Segment,
+    inputs: list[torch.Tensor],
+    *,
+    num_blocks: int = 1,
+) -> None:
+    """Equal to the module in float64, as far as the dtype goes.
+
+    Args:
+        num_blocks: one after the other, each of two products or so; their errors are independent.
+    """
     wanted = segment.function().double()(*(x.double() for x in inputs))
     assert len(got) == len(wanted)
     errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, wanted, strict=True)]
@@ -134,7 +144,7 @@ def check(got: tuple[torch.Tensor, ...], segment: Segment, inputs: list[torch.Te
         assert ours.dtype == segment.activations[0].dtype
         assert ours.shape == exact.shape
         assert ours.is_contiguous()
-        assert error <= TOLERANCE[ours.dtype], told
+        assert error <= TOLERANCE[ours.dtype] * num_blocks**0.5, told
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -170,7 +180,7 @@ def test_a_vision_engine_computes_what_its_module_does(
         for name, x in zip(segment.weights, inputs[1:], strict=True):
             if name.endswith("running_var"):
                 x.abs_().add_(0.5)
-        check(engine(*inputs), segment, inputs)
+        check(engine(*inputs), segment, inputs, num_blocks=2)
 
 
 def test_a_graph_replays_it_with_other_values(
