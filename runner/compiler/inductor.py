@@ -13,6 +13,7 @@ import sys
 import tempfile
 import warnings
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from parallel.errors import IncompatibleError, PreflightError, UnsupportedSegmen
 from runner.compiler.backend import Compiled
 from runner.compiler.counter import counted
 from runner.compiler.host import cpu_features, cpu_isa, gpu_name
+from runner.compiler.kernel_timing import use_graphs
 from runner.compiler.segment import Segment
 
 LIBRARY = "segment.so"
@@ -35,10 +37,17 @@ else:
     torch._C._aoti.AOTIModelContainerRunnerCpu(library, 1)
 """
 
-_ONE_ROW = {"coordinate_descent_tuning": True}
+_ONE_ROW = {
+    "coordinate_descent_tuning": True,
+    "coordinate_descent_check_all_directions": True,
+    "realize_opcount_threshold": 4,
+    "combo_kernels": True,
+    "combo_kernels_pointwise_only": True,
+}
 """With one row inductor writes matrix products as tuned reductions, which read weights faster than
-the library does. With more rows it leaves them to the library, and searching brings little for
-many seconds a segment.
+the library does. What is multiplied, such as a norm, is computed once, not again for every column,
+and what is as small as a rotation of queries and of keys shares a kernel. With more rows inductor
+leaves products to the library, and searching brings little for many seconds a segment.
 """
 
 
@@ -80,6 +89,7 @@ class InductorBackend:
             tempfile.TemporaryDirectory() as work,
             counted("inductor"),
             warnings.catch_warnings(),
+            self._own_stream(),
         ):
             made = Path(work, LIBRARY)
             try:
@@ -152,6 +162,13 @@ class InductorBackend:
         """What was found once is true of every library."""
         if self._fault:
             raise PreflightError(self._fault)
+
+    def _own_stream(self) -> AbstractContextManager[object]:
+        """On which kernels can be timed."""
+        if self._device.type == "cpu":
+            return nullcontext()
+        use_graphs()
+        return torch.cuda.stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
 
     def _options(self, num_rows: int) -> dict[str, Any]:
         if self._device.type == "cpu":
