@@ -2,8 +2,9 @@
 
 The longest come first, so that no process begins a long one when the others are about to end. Of
 those that choose their kernels by timing, few are built at the same time: they would time each
-other. The first one of inductor precompiles the headers that all of them include, for which the
-others would only wait, so what another backend builds comes before them meanwhile.
+other. Before all comes the shortest one of inductor: it precompiles the headers that all of them
+include, for which the others would only wait. What another backend builds comes before them
+meanwhile, and so do those that choose their kernels, which they do first.
 """
 
 from collections.abc import Iterable
@@ -52,9 +53,10 @@ class Agenda:
 
     def __init__(self, builds: Iterable[Build], *, most_tuned: int = MOST_TUNED) -> None:
         self._waiting = sorted(builds, key=lambda build: build.effort, reverse=True)
+        libraries = [build for build in self._waiting if build.is_inductors]
+        self._makes_headers = libraries[-1] if libraries else None
         self._most_tuned = most_tuned
         self._num_tuned = 0
-        self._first_of_inductor: Build | None = None
         self._has_headers = False
         self._changed = Condition()
 
@@ -65,12 +67,10 @@ class Agenda:
         """
         with self._changed:
             while True:
-                for build in sorted(self._waiting, key=self._comes_later):
+                for build in sorted(self._waiting, key=self._turn):
                     if not build.is_tuned or self._num_tuned < self._most_tuned:
                         self._waiting.remove(build)
                         self._num_tuned += build.is_tuned
-                        if build.is_inductors and self._first_of_inductor is None:
-                            self._first_of_inductor = build
                         return build
                 self._changed.wait()
 
@@ -78,10 +78,11 @@ class Agenda:
         """It is built, or cannot be."""
         with self._changed:
             self._num_tuned -= build.is_tuned
-            self._has_headers |= build is self._first_of_inductor
+            self._has_headers |= build is self._makes_headers
             self._changed.notify_all()
 
-    def _comes_later(self, build: Build) -> bool:
-        """Whether it would wait for headers that another one is precompiling."""
-        are_under_way = self._first_of_inductor is not None and not self._has_headers
-        return build.is_inductors and are_under_way
+    def _turn(self, build: Build) -> int:
+        """Orders what is waiting: the precompiling one, what needs no headers yet, the others."""
+        if build is self._makes_headers:
+            return 0
+        return 2 if build.is_inductors and not (build.is_tuned or self._has_headers) else 1

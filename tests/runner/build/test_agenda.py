@@ -59,7 +59,7 @@ def _may_take(agenda: Agenda) -> bool:
     return not all(one.is_tuned and full for one in agenda._waiting)
 
 
-def test_the_longest_come_first() -> None:
+def test_the_longest_come_first_behind_the_one_that_precompiles_the_headers() -> None:
     builds = [
         build("engine", backend="tensorrt", num_ops=9),
         build("short", num_ops=2),
@@ -69,10 +69,10 @@ def test_the_longest_come_first() -> None:
         build("tuned", rows=1, num_ops=3),
     ]
     assert taken(builds) == [
+        "short",
         "tuned",
         "tuned and short",
         "long",
-        "short",
         "engine of one row",
         "engine",
     ]
@@ -80,8 +80,8 @@ def test_the_longest_come_first() -> None:
 
 def test_those_that_tune_by_timing_are_few_at_a_time() -> None:
     agenda = Agenda([build(f"tuned{i}", rows=1) for i in range(3)] + [build("other")])
-    first, second, other = (agenda.take() for _ in range(3))
-    assert [first.key, second.key, other.key] == ["tuned0", "tuned1", "other"]
+    other, first, second = (agenda.take() for _ in range(3))
+    assert [other.key, first.key, second.key] == ["other", "tuned0", "tuned1"]
     got: list[str] = []
     waiting = threading.Thread(target=lambda: got.append(agenda.take().key))
     waiting.start()
@@ -94,20 +94,22 @@ def test_those_that_tune_by_timing_are_few_at_a_time() -> None:
     assert got == ["tuned2"]
 
 
-def test_while_the_headers_are_precompiled_others_build_for_another_backend() -> None:
+def test_while_the_headers_are_precompiled_others_build_what_needs_none() -> None:
+    """That is what another backend builds, and what first chooses its kernels."""
     builds = [build(f"library{i}", num_ops=5 - i) for i in range(4)]
     builds += [build(f"engine{i}", backend="tensorrt", num_ops=5 - i) for i in range(3)]
-    agenda = Agenda(builds)
-    first, *others = (agenda.take() for _ in range(3))
-    assert [first.key, *(one.key for one in others)] == ["library0", "engine0", "engine1"]
-    agenda.finished(others[0])
+    agenda = Agenda([*builds, build("tuned", rows=1)])
+    first, *others = (agenda.take() for _ in range(4))
+    assert first.key == "library3"
+    assert [one.key for one in others] == ["tuned", "engine0", "engine1"]
+    agenda.finished(others[1])
     agenda.finished(first)
-    assert [agenda.take().key for _ in range(4)] == ["library1", "library2", "library3", "engine2"]
+    assert [agenda.take().key for _ in range(4)] == ["library0", "library1", "library2", "engine2"]
 
 
 def test_where_there_is_no_other_backend_all_wait_for_the_headers() -> None:
     agenda = Agenda([build(f"library{i}", num_ops=5 - i) for i in range(3)])
-    assert [agenda.take().key for _ in range(3)] == ["library0", "library1", "library2"]
+    assert [agenda.take().key for _ in range(3)] == ["library2", "library0", "library1"]
 
 
 def test_eight_processes_end_nearly_together() -> None:
