@@ -58,7 +58,7 @@ def decode_kernel(
     BLOCK_N: tl.constexpr,
     GROUP: tl.constexpr,  # rows of the product
     LARGEST_GROUP: tl.constexpr,  # of these, in use at most
-    MIN_TILES: tl.constexpr,  # of a split
+    ONE_SPLIT: tl.constexpr,  # tiles of a sequence that is not split
     MAX_SPLITS: tl.constexpr,
 ):
     kv_head = tl.program_id(0)
@@ -66,22 +66,28 @@ def decode_kernel(
     row = tl.program_id(2).to(tl.int64)
     num_splits = tl.num_programs(1)
 
+    # What needs no length is on its way before the length is known.
     kv_length = tl.load(kv_lengths + row, mask=row < num_seqs, other=0)
-    cached = tl.maximum(kv_length - 1, 0)  # tokens before this one, which is in k and v
-    first_seen = tl.maximum(kv_length - window, 0)
-    first_tile = first_seen // BLOCK_N
-    num_tiles = (cached + BLOCK_N - 1) // BLOCK_N - first_tile
-    tiles = tl.maximum((num_tiles + num_splits - 1) // num_splits, MIN_TILES)
-    used_splits = tl.maximum((num_tiles + tiles - 1) // tiles, 1)
-    if split >= used_splits:
-        return
-
     offsets_d = tl.arange(0, BLOCK_D)
     in_head = offsets_d < HEAD_DIM
     heads = tl.load(groups + kv_head * GROUP + tl.arange(0, GROUP))
     in_group = (heads >= 0)[:, None] & in_head[None, :]
     new_k = tl.load(k + row * k_row + kv_head * k_head + offsets_d, mask=in_head, other=0.0)
     new_v = tl.load(v + row * v_row + kv_head * v_head + offsets_d, mask=in_head, other=0.0)
+    queries = tl.load(
+        q + row * q_row + heads[:, None] * q_head + offsets_d[None, :], mask=in_group, other=0.0
+    )
+
+    cached = tl.maximum(kv_length - 1, 0)  # tokens before this one, which is in k and v
+    first_seen = tl.maximum(kv_length - window, 0)
+    first_tile = first_seen // BLOCK_N
+    num_tiles = (cached + BLOCK_N - 1) // BLOCK_N - first_tile
+    tiles = tl.maximum((num_tiles + num_splits - 1) // num_splits, 1)  # of a split
+    tiles = tl.where(num_tiles <= ONE_SPLIT, ONE_SPLIT, tiles)
+    used_splits = tl.maximum((num_tiles + tiles - 1) // tiles, 1)
+    if split >= used_splits:
+        return
+
     if split == 0:
         place = tl.load(slots + row) * cache_row + kv_head * cache_head + offsets_d
         tl.store(keys + place, new_k, mask=in_head)
@@ -93,9 +99,6 @@ def decode_kernel(
         tl.store(to_heads, zeros, mask=in_group)
         return
 
-    queries = tl.load(
-        q + row * q_row + heads[:, None] * q_head + offsets_d[None, :], mask=in_group, other=0.0
-    )
     # The new token's key and value are at hand. The first split begins with them; they leave no
     # trace in the others, where what comes next is infinitely higher.
     new_score = tl.sum(queries.to(tl.float32) * new_k.to(tl.float32)[None, :], axis=1) * scale

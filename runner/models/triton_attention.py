@@ -28,14 +28,14 @@ class DecodeTuning:
         tile_bytes: keys (and values) of a tile; with them, the tokens of a tile.
         num_warps: of a program.
         num_stages: tiles on their way from memory at once.
-        min_tiles: a shorter sequence is not split.
+        one_split_tiles: a sequence of no more is not split: joining splits takes longer than that.
         programs_per_processor: how far sequences are split so that no multiprocessor idles.
     """
 
     tile_bytes: int = 16 * 1024
     num_warps: int = 4
     num_stages: int = 5
-    min_tiles: int = 4
+    one_split_tiles: int = 4
     programs_per_processor: int = 2
 
 
@@ -44,7 +44,7 @@ def count_splits(programs: int, tiles: int, wanted: int) -> int:
 
     Args:
         programs: that there are without splitting.
-        tiles: smallest parts of the longest sequence.
+        tiles: of the longest sequence.
         wanted: programs that fill the GPU.
 
     >>> count_splits(8, 64, 1056), count_splits(256, 64, 1056), count_splits(2048, 64, 1056)
@@ -109,7 +109,7 @@ class TritonDecodeAttention:
             "BLOCK_N": self._block_n,
             "GROUP": group,
             "LARGEST_GROUP": largest,
-            "MIN_TILES": self._tuning.min_tiles,
+            "ONE_SPLIT": self._tuning.one_split_tiles,
             "MAX_SPLITS": _MAX_SPLITS,
             "num_warps": self._tuning.num_warps,
             "num_stages": self._tuning.num_stages,
@@ -132,7 +132,7 @@ class TritonDecodeAttention:
         if len(q) == 0:
             return out.flatten(1)
         longest = max(batch.kv_lens, default=0)
-        tiles = triton.cdiv(longest, self._block_n * self._tuning.min_tiles)
+        tiles = triton.cdiv(longest, self._block_n)
         num_kv, block_d = self._constants["NUM_KV"], self._constants["BLOCK_D"]
         splits = count_splits(len(q) * num_kv, tiles, self._wanted)
         parts = q.shape[0] * q.shape[1] * splits if splits > 1 else 0

@@ -161,7 +161,7 @@ def test_kernel_in_triton_s_interpreter() -> None:
 def test_kernel_equals_softmax(heads: HeadShare, window: int | None, dtype: torch.dtype) -> None:
     step = Step(heads, [1] * 4, [1, 50, 0, 83], padding=1, dtype=dtype)
     step.check(decode_attention(step, programs_per_processor=1), window)
-    splits = decode_attention(step, tile_bytes=16 * 16 * dtype.itemsize, min_tiles=1)
+    splits = decode_attention(step, tile_bytes=16 * 16 * dtype.itemsize, one_split_tiles=1)
     # Twice: the first call leaves the counters of finished splits as it found them.
     step.check(splits, window)
     assert not splits._finished.any()
@@ -173,14 +173,14 @@ def test_kernel_equals_softmax(heads: HeadShare, window: int | None, dtype: torc
 def test_kernel_with_blocks_and_heads_of_any_size(block_size: int, head_dim: int) -> None:
     sizes: dict[str, Any] = {"block_size": block_size, "head_dim": head_dim}
     step = Step(HEADS["grouped"], [1] * 3, [40, 1, 300], dtype=torch.float16, **sizes)
-    step.check(decode_attention(step, tile_bytes=2048, min_tiles=2), 128)
+    step.check(decode_attention(step, tile_bytes=2048, one_split_tiles=2), 128)
 
 
 @kernel
 def test_kernel_reads_lengths_on_the_device() -> None:
     """The host's lengths only bound the splits: a captured step has them at their longest."""
     step = Step(HEADS["grouped"], [1] * 3, [33, 5, 200], width=100)
-    attend = decode_attention(step, tile_bytes=1024, min_tiles=1)
+    attend = decode_attention(step, tile_bytes=1024, one_split_tiles=1)
     q, k, v, cache, batch = step.on_device()
     captured = replace(batch, kv_lens=(400, 400, 400))
     output = attend(q, k, v, cache, captured, scale=SCALE, window=None)
