@@ -10,16 +10,26 @@ rank runs. The nodes then name the group `SYMBOLIC`, which whoever runs the grap
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 
 from parallel.annotate import Annotate, unnamed
-from parallel.one_shot import OneShot
 
 SYMBOLIC = "symbolic"
 """Stands in a traced graph for the name of a group; to run a collective with it is an error."""
+
+
+class SmallSums(Protocol):
+    """A way to add up small tensors of ranks whose GPUs can reach one another's memory."""
+
+    def takes(self, x: torch.Tensor) -> bool:
+        """Whether `x` can be added up this way; the same on all ranks, whose tensors are alike."""
+
+    def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
+        """The sum of `x` over the group, in fresh memory."""
 
 
 @dataclass(frozen=True)
@@ -31,15 +41,14 @@ class Group:
         rank: this rank's place in the group.
         process_group: None in a group of one rank, and where a model is traced for ranks that are
             not running.
-        one_shot: on GPUs that can read one another's memory, how small tensors are added up; None:
-            by the process group, as large ones are.
+        small_sums: how small tensors are added up; None: by the process group, as large ones are.
         annotate: names the group's collectives for a profiler.
     """
 
     ranks: tuple[int, ...]
     rank: int
     process_group: dist.ProcessGroup | None = None
-    one_shot: OneShot | None = None
+    small_sums: SmallSums | None = None
     annotate: Annotate = unnamed
 
     @property
@@ -61,8 +70,8 @@ def all_reduce(x: torch.Tensor, group: Group) -> torch.Tensor:
     if group.size == 1:
         return x
     with group.annotate("all_reduce"):
-        if group.one_shot and group.one_shot.takes(x):
-            return group.one_shot.all_reduce(x)
+        if group.small_sums and group.small_sums.takes(x):
+            return group.small_sums.all_reduce(x)
         return _wait(torch.ops._c10d_functional.all_reduce(x, "sum", group.name))
 
 

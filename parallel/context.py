@@ -16,12 +16,13 @@ from parallel.annotate import Annotate
 from parallel.collectives import Group, minimum
 from parallel.errors import PreflightError
 from parallel.launch import RankEnv
+from parallel.low_latency import LowLatency
 from parallel.one_shot import OneShot, can_read_one_another
 from parallel.topology import Coordinate, Topology
 
 _LOG = logging.getLogger(__name__)
 
-AllReduce = Literal["auto", "nccl", "one_shot"]
+AllReduce = Literal["auto", "nccl", "one_shot", "low_latency"]
 """How GPUs add up small tensors; "auto": in one shot, where they can read one another's memory."""
 
 
@@ -111,7 +112,7 @@ class ParallelContext:
             if rank in topology.ranks(stage):
                 tp = group
         if device.type == "cuda" and all_reduce != "nccl" and rank in everyone:
-            tp = _with_one_shot(tp, topology, setup, device, must=all_reduce == "one_shot")
+            tp = _with_small_sums(tp, topology, setup, device, all_reduce)
         return cls(topology, rank, device, world, setup, tp)
 
     @property
@@ -166,23 +167,28 @@ def _group(rank: int, ranks: range, timeout: timedelta) -> Group:
     return Group(tuple(ranks), ranks.index(rank), process_group)
 
 
-def _with_one_shot(
-    tp: Group, topology: Topology, setup: Group, device: torch.device, *, must: bool
+def _with_small_sums(
+    tp: Group, topology: Topology, setup: Group, device: torch.device, all_reduce: AllReduce
 ) -> Group:
     """The group of a stage with memory that its ranks share, if all stages' GPUs can have it.
 
     Every rank of the job must call this.
 
+    Args:
+        all_reduce: not "nccl".
+
     Raises:
-        PreflightError: they cannot, and `must`.
+        PreflightError: they cannot have what `all_reduce` names.
     """
     devices = [topology.devices[rank] for rank in tp.ranks]
     if not minimum(can_read_one_another(devices), setup):
         reason = "the GPUs of a stage cannot read one another's memory"
-        if must:
+        if all_reduce != "auto":
             raise PreflightError(f"{reason}; set distributed.all_reduce to auto or nccl")
         _LOG.warning("%s: NCCL adds up tensors of every size", reason)
         return tp
     if tp.process_group is None:
         return tp
-    return replace(tp, one_shot=OneShot(tp.process_group, device))
+    if all_reduce == "low_latency":
+        return replace(tp, small_sums=LowLatency.open(tp.process_group, device))
+    return replace(tp, small_sums=OneShot(tp.process_group, device))

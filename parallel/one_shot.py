@@ -36,12 +36,12 @@ class OneShot:
         symm_mem.rendezvous(self._buffer, process_group)
 
     def takes(self, x: torch.Tensor) -> bool:
-        """Whether `x` can be added up this way; the same on all ranks, whose tensors are alike."""
+        """See `SmallSums`."""
         fits = x.nbytes <= MAX_BYTES and x.nbytes % _ALIGNMENT == 0
         return fits and x.dtype in _DTYPES and x.is_contiguous()
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
-        """The sum of `x` over the group, in fresh memory."""
+        """See `SmallSums`."""
         shared = self._buffer[: x.nbytes].view(x.dtype).view(x.shape)
         total: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce_copy(
             shared, x, "sum", self._group_name

@@ -1,4 +1,4 @@
-"""All-reduces of several GPUs, by NCCL and in one shot: see scripts/gpu_check.
+"""All-reduces of several GPUs, in each of the ways there are: see scripts/gpu_check.
 
     gpu_collectives.py RESULT.json      under torchrun, one process a GPU
 
@@ -54,7 +54,7 @@ def main(output: Path) -> None:
     topology = Topology.of([env.world_size])
     first = ParallelContext.open(topology, env, device_type="cuda", all_reduce="nccl")
     rows = []
-    ways: tuple[AllReduce, ...] = ("nccl", "one_shot")
+    ways: tuple[AllReduce, ...] = ("nccl", "one_shot", "low_latency")
     for way in ways:
         context = ParallelContext.over_initialized(topology, env.rank, first.device, all_reduce=way)
         for num_rows in ROWS:

@@ -168,8 +168,9 @@ def llama_of_ranks(check: Check, name: str, cut: Cut, backends: Sequence[str]) -
         check.row(subject, "compile, s", seconds)
         measure_language(check, bundle, subject, which, cut)
         if cut.tensor > 1:
-            setting = "distributed.all_reduce=nccl"
-            measure_language(check, bundle, f"{subject} nccl", which, cut, setting)
+            for way in ("nccl", "low_latency"):
+                setting = f"distributed.all_reduce={way}"
+                measure_language(check, bundle, f"{subject} {way}", which, cut, setting)
         check.save()
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from parallel import low_latency
 from parallel.context import ParallelContext
 from runner.build.built import Built
 from runner.build.contents import uses_of
@@ -37,7 +38,7 @@ class DecoderRecipe:
 
     @property
     def kernels(self) -> Collection[str]:
-        return (DECODE_KERNEL,)
+        return (DECODE_KERNEL, low_latency.KERNEL)
 
     def works(self) -> list[Work]:
         job = self.job

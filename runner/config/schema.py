@@ -130,9 +130,10 @@ class DistributedConfig(Section):
     """Seconds that one collective may take, and that a server's rank may be at one thing before the
     job ends; null means 30 on GPUs and 600 on a CPU."""
 
-    all_reduce: Literal["auto", "nccl", "one_shot"] = "auto"
+    all_reduce: Literal["auto", "nccl", "one_shot", "low_latency"] = "auto"
     """How the GPUs of a stage add up small tensors: one_shot means by reading one another's memory
-    (NVLink), nccl by NCCL alone; auto means one_shot where they can, and says where not."""
+    (NVLink), low_latency by writing into it without a barrier (needs Triton), nccl by NCCL alone;
+    auto means one_shot where they can, and says where not."""
 
 
 class TilingConfig(Section):

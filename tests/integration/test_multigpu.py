@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,9 +70,11 @@ def test_steps_that_run_ahead_or_not_choose_the_same(
     assert found[0][0] == found[1][0]
 
 
-def test_all_reduces_are_sums_of_any_size(gpu_pool: RankPool) -> None:
+@pytest.mark.parametrize("low_latency", [False, True], ids=["one shot", "low latency"])
+def test_all_reduces_are_sums_of_any_size(low_latency: bool, gpu_pool: RankPool) -> None:
     """Those that one kernel adds up, and those that NCCL does."""
-    for errors in gpu_pool.run(rank_jobs.all_reduce_errors, [2]):
+    job = partial(rank_jobs.all_reduce_errors, low_latency=low_latency)
+    for errors in gpu_pool.run(job, [2]):
         assert all(error == 0 for error in errors.values()), errors
 
 
@@ -140,7 +143,10 @@ def test_torchrun_and_the_launcher_say_the_same(text_model: Path) -> None:
     model = ["--model", str(text_model)]
     one = run_command(*generate(*model))
     assert one.returncode == 0, one.stderr
-    for cut in (["-tp", "2"], ["-pp", "2"], ["-tp", "2", "--set", "distributed.all_reduce=nccl"]):
+    ways = [
+        ["-tp", "2", "--set", f"distributed.all_reduce={way}"] for way in ("nccl", "low_latency")
+    ]
+    for cut in (["-tp", "2"], ["-pp", "2"], *ways):
         own = run_command(*generate(*model, *cut))
         assert own.returncode == 0, own.stderr
         assert own.stdout == one.stdout
@@ -227,5 +233,5 @@ def test_gpus_that_are_not_there_are_refused(text_model: Path) -> None:
 
 
 def test_one_shot_is_what_auto_takes_here(gpu_pool: RankPool) -> None:
-    found: list[Any] = gpu_pool.run(rank_jobs.has_one_shot, [2])
-    assert found == [True, True]
+    found: list[Any] = gpu_pool.run(rank_jobs.small_sums, [2])
+    assert found == ["OneShot", "OneShot"]

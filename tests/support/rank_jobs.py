@@ -8,6 +8,7 @@ import torch
 
 from parallel.collectives import all_reduce
 from parallel.context import ParallelContext
+from parallel.low_latency import LowLatency
 from runner.config.load import load
 from runner.engine import rank
 from runner.engine.batching import lay_out
@@ -216,18 +217,21 @@ def logits(
     return None if output is None else list(output.logits.split([len(p) for p in prompts]))
 
 
-def all_reduce_errors(context: ParallelContext) -> dict[str, float]:
+def all_reduce_errors(context: ParallelContext, *, low_latency: bool) -> dict[str, float]:
     """The largest error of sums of whole numbers, by size and dtype."""
-    errors = {}
+    errors, group = {}, context.tp
+    if low_latency:
+        assert group.process_group is not None
+        group = replace(group, small_sums=LowLatency.open(group.process_group, context.device))
     for dtype in (torch.float32, torch.bfloat16, torch.float16):
         for count in (1, 8, 4096, 8 * 8192, 3 * 2**20):
             mine = torch.arange(count, device=context.device).remainder(64).to(dtype)
-            total = all_reduce(mine * (context.coordinate.tp_rank + 1), context.tp)
-            factor = sum(range(1, context.tp.size + 1))
+            total = all_reduce(mine * (group.rank + 1), group)
+            factor = sum(range(1, group.size + 1))
             errors[f"{count} {dtype}"] = float((total - factor * mine).abs().max())
     return errors
 
 
-def has_one_shot(context: ParallelContext) -> bool:
-    """Whether small tensors are added up by one kernel."""
-    return context.tp.one_shot is not None
+def small_sums(context: ParallelContext) -> str:
+    """How small tensors are added up."""
+    return type(context.tp.small_sums).__name__
