@@ -11,6 +11,7 @@ from parallel.apply import Applied, apply
 from parallel.collectives import Group
 from parallel.errors import ConfigError
 from parallel.graph import Graph
+from parallel.graph_layout import with_channels_last
 from parallel.graph_plan import Bucket, GraphPlan
 from parallel.graph_stage import Stage, Value
 from parallel.topology import Topology
@@ -55,16 +56,19 @@ class Tracer:
         *,
         traced: Traced | None = None,
         device: str = "cpu",
+        channels_last: bool = False,
     ) -> None:
         """
         Args:
             traced: graphs of the undivided module that there are already, for `device`.
             device: where the graphs will run.
+            channels_last: see `parallel.graph_layout`.
         """
         self._module = module
         self._plan = plan
         self._tp_plan = tp_plan
         self._device = device
+        self._channels_last = channels_last
         self._atomic = atomic_of(module, plan.topology, tp_plan)
         self._whole: Traced = {} if traced is None else traced
 
@@ -86,7 +90,10 @@ class Tracer:
                 f"modules in stage {index} than planned, from {next(differing, found[-1])} on; "
                 "give all buckets shapes at which the model does the same"
             )
-        return graph.stages(self._plan.boundaries)[index], graph.outputs
+        stages = graph.stages(self._plan.boundaries)
+        if self._channels_last:
+            stages = with_channels_last(stages)
+        return stages[index], graph.outputs
 
     def _graph(self, bucket: Bucket, rank: int) -> Graph:
         applied = twin_of(self._module, self._tp_plan, self._plan.topology, rank)

@@ -24,7 +24,7 @@ from runner.compiler.backends import Backends
 from runner.compiler.segment import Segment
 from runner.graph_planning import GraphJob
 from runner.pipeline.loading import make_worker, runs_of
-from runner.pipeline.programs import batch_size, programs_of_all, weights_of
+from runner.pipeline.programs import batch_size, programs_to_compile, weights_of
 from runner.pipeline.stage_program import StageProgram
 from runner.pipeline.stored_programs import FILE, read_programs, write_programs
 
@@ -47,7 +47,7 @@ class GraphRecipe:
     @cached_property
     def programs(self) -> list[list[StageProgram]]:
         """Of all ranks, by bucket."""
-        return programs_of_all(self.job, device=self.traced_on)
+        return programs_to_compile(self.job, device=self.traced_on)
 
     @property
     def kernels(self) -> Collection[str]:
@@ -87,7 +87,7 @@ class GraphRecipe:
             return
         # A graph names devices, and those of a bundle are moved to whatever they run on.
         on_cpu = self.traced_on == "cpu"
-        programs = self.programs if on_cpu else programs_of_all(self.job, device="cpu")
+        programs = self.programs if on_cpu else programs_to_compile(self.job, device="cpu")
         with TemporaryDirectory(prefix="shardline-programs-") as name:
             files = write_programs(programs, Path(name))
             builder.copy_model_files(Path(name), files)

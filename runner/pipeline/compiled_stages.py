@@ -14,6 +14,7 @@ import torch
 from parallel.errors import ShardlineError
 from parallel.graph import Graph
 from parallel.graph_cut import Boundaries
+from parallel.graph_layout import with_channels_last
 from parallel.graph_stage import Piece
 from runner.compiler.backend import Backend, Compiled
 from runner.compiler.rounds import Tensors
@@ -30,18 +31,26 @@ class CompiledStages:
     """Compiles stages of a graph as they are asked for, each once, and times them."""
 
     def __init__(
-        self, graph: Graph, device: torch.device, backends: Sequence[Backend], *, captures: bool
+        self,
+        graph: Graph,
+        device: torch.device,
+        backends: Sequence[Backend],
+        *,
+        captures: bool,
+        channels_last: bool = False,
     ) -> None:
         """
         Args:
             graph: traced for `device`, undivided and without collectives.
             backends: of several the fastest counts, and what one of them cannot do is left out.
             captures: see `call_seconds`.
+            channels_last: see `parallel.graph_layout`.
         """
         self._graph = graph
         self._device = device
         self._backends = backends
         self._captures = captures
+        self._channels_last = channels_last
         self._found: dict[_Span, tuple[float, str]] = {}
 
     def seconds(self, boundaries: Boundaries) -> tuple[float, ...]:
@@ -50,8 +59,10 @@ class CompiledStages:
         Raises:
             ShardlineError: the only backend cannot do it, or none of several.
         """
-        spans = self._spans(boundaries)
-        for span, stage in zip(spans, self._graph.stages(boundaries), strict=True):
+        spans, stages = self._spans(boundaries), self._graph.stages(boundaries)
+        if self._channels_last:
+            stages = with_channels_last(stages)
+        for span, stage in zip(spans, stages, strict=True):
             if span not in self._found:
                 (piece,) = stage.pieces
                 self._found[span] = self._fastest(piece)

@@ -23,6 +23,7 @@ from runner.compiler.backends import Backends, candidates_of, check_backend
 from runner.compiler.segment import Segment
 from runner.graph_planning import GraphJob
 from runner.pipeline.compiled_stages import CompiledStages
+from runner.pipeline.programs import wants_channels_last
 from runner.pipeline.timing import call_seconds, random_of, spec_of, weights_of
 
 _MOST_CUTS = 4
@@ -83,7 +84,13 @@ class Measured:
         compiled_by: tuple[str, ...] = ()
         if backends:
             made = Backends(device)
-            stages = CompiledStages(graph, device, [made[b] for b in backends], captures=captures)
+            stages = CompiledStages(
+                graph,
+                device,
+                [made[name] for name in backends],
+                captures=captures,
+                channels_last=wants_channels_last(job),
+            )
             times, boundaries = balance.cut_compiled(times, stages, tell)
             compiled_by = stages.backends(boundaries)
         else:

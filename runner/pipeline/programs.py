@@ -6,6 +6,7 @@ import torch
 
 from parallel.graph_plan import Bucket, GraphPlan
 from parallel.graph_twin import Tracer
+from runner.compiler.backends import candidates_of
 from runner.graph_planning import GraphJob
 from runner.pipeline.stage_program import StageProgram
 from runner.pipeline.stored_programs import read_programs
@@ -27,13 +28,18 @@ def programs_of(job: GraphJob, rank: int, *, device: str) -> list[StageProgram]:
     return _programs(job.plan, _tracer(job, device=device), rank)
 
 
-def programs_of_all(job: GraphJob, *, device: str) -> list[list[StageProgram]]:
+def programs_to_compile(job: GraphJob, *, device: str) -> list[list[StageProgram]]:
     """Those of every rank, traced from the model."""
-    tracer = _tracer(job, device=device)
+    tracer = _tracer(job, device=device, channels_last=wants_channels_last(job))
     return [_programs(job.plan, tracer, rank.rank) for rank in job.plan.ranks]
 
 
-def _tracer(job: GraphJob, *, device: str) -> Tracer:
+def wants_channels_last(job: GraphJob) -> bool:
+    """Whether what is compiled takes and makes feature maps sooner with their channels last."""
+    return job.device_type == "cuda" and "tensorrt" in candidates_of(job.config.compile.backend)
+
+
+def _tracer(job: GraphJob, *, device: str, channels_last: bool = False) -> Tracer:
     """What traces the model of a job that has one."""
     assert job.model is not None
     return Tracer(
@@ -43,6 +49,7 @@ def _tracer(job: GraphJob, *, device: str) -> Tracer:
         # Traced for where the job runs.
         traced=job.traced if device == job.device_type else None,
         device=device,
+        channels_last=channels_last,
     )
 
 

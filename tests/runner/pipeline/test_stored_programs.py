@@ -10,7 +10,7 @@ from graph_jobs import CASES, make_job
 from parallel.errors import IntegrityError
 from parallel.graph_stage import Collective
 from runner.compiler.inductor import InductorBackend
-from runner.pipeline.programs import programs_of_all
+from runner.pipeline.programs import programs_to_compile
 from runner.pipeline.stage_program import Compute, StageProgram
 from runner.pipeline.stored_programs import FILE, read_programs, write_programs
 
@@ -18,7 +18,7 @@ CUTS = {"unet": [1, 1, 1], "text": [2], "branches": [1, 1], "no batch": [1, 2]}
 
 
 def write(name: str, folder: Path) -> tuple[list[list[StageProgram]], list[str]]:
-    programs = programs_of_all(make_job(CASES[name], CUTS[name]), device="cpu")
+    programs = programs_to_compile(make_job(CASES[name], CUTS[name]), device="cpu")
     return programs, write_programs(programs, folder)
 
 
