@@ -37,17 +37,21 @@ else:
     torch._C._aoti.AOTIModelContainerRunnerCpu(library, 1)
 """
 
-_ONE_ROW = {
-    "coordinate_descent_tuning": True,
+_ON_GPU = {"aot_inductor.embed_kernel_binary": True}
+_ONE_ROW = {"coordinate_descent_tuning": True}
+"""With one row inductor writes matrix products as tuned reductions, which read weights faster than
+the library does. With more rows it leaves them to the library, and searching brings little for many
+seconds a segment.
+"""
+_VECTOR = {
     "coordinate_descent_check_all_directions": True,
     "realize_opcount_threshold": 4,
     "combo_kernels": True,
     "combo_kernels_pointwise_only": True,
 }
-"""With one row inductor writes matrix products as tuned reductions, which read weights faster than
-the library does. What is multiplied, such as a norm, is computed once, not again for every column,
-and what is as small as a rotation of queries and of keys shares a kernel. With more rows inductor
-leaves products to the library, and searching brings little for many seconds a segment.
+"""A vector's products take nearly all time of its segment, so the search for them is wider. What is
+multiplied, such as a norm, is computed once, not again for every column, and what is as small as a
+rotation of queries and one of keys shares a kernel.
 """
 
 
@@ -73,8 +77,8 @@ class InductorBackend:
             if self._device.type == "cuda"
             else f"{cpu_isa()} {' '.join(cpu_features())}"
         )
-        options = json.dumps([self._options(rows) for rows in (1, 2)], sort_keys=True)
-        return {"torch": torch.__version__, "hardware": hardware, "options": options}
+        options = [_ON_GPU, _ONE_ROW, _VECTOR] if self._device.type == "cuda" else []
+        return {"torch": torch.__version__, "hardware": hardware, "options": json.dumps(options)}
 
     def build(self, segment: Segment, program: torch.export.ExportedProgram, folder: Path) -> None:
         """See `Backend`.
@@ -96,7 +100,7 @@ class InductorBackend:
                 # PyTorch's own code uses what it deprecates.
                 warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
                 inputs, _ = program.example_inputs
-                options = self._options(segment.num_rows)
+                options = self._options(segment)
                 options["aot_inductor.output_path"] = str(made)
                 # A kernel that an earlier build had, too, would not be written for this one.
                 clear_caches()
@@ -170,10 +174,12 @@ class InductorBackend:
         use_graphs()
         return torch.cuda.stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
 
-    def _options(self, num_rows: int) -> dict[str, Any]:
+    def _options(self, segment: Segment) -> dict[str, Any]:
         if self._device.type == "cpu":
             return {}
-        return {"aot_inductor.embed_kernel_binary": True, **(_ONE_ROW if num_rows == 1 else {})}
+        one_row = _ONE_ROW if segment.num_rows == 1 else {}
+        vector = _VECTOR if one_row and len(segment.activations[0].shape) == 2 else {}
+        return {**_ON_GPU, **one_row, **vector}
 
 
 def _reason(error: Exception) -> str:

@@ -43,6 +43,25 @@ def test_what_the_compiler_says_first_is_told_in_one_line(
     assert "\n" not in str(raised.value)
 
 
+@pytest.mark.parametrize(
+    ("shape", "searches", "is_vector"),
+    [((1, 8), True, True), ((2, 8), False, False), ((1, 3, 8, 8), True, False), ((), False, False)],
+    ids=["vector", "rows", "image", "number"],
+)
+def test_on_a_gpu_kernels_are_searched_for_as_far_as_it_pays(
+    shape: tuple[int, ...], searches: bool, is_vector: bool
+) -> None:
+    segment = Segment("relu", nn.ReLU(), (TensorSpec(shape, torch.float32),))
+    options = InductorBackend(torch.device("cuda", 0))._options(segment)
+    assert options["aot_inductor.embed_kernel_binary"]
+    assert ("coordinate_descent_tuning" in options) == searches
+    assert ("coordinate_descent_check_all_directions" in options) == is_vector
+    assert ("realize_opcount_threshold" in options) == is_vector
+    for name, value in options.items():
+        with torch._inductor.config.patch({name: value}):
+            pass  # It knows all of them.
+
+
 def test_without_openssl_nothing_is_begun(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "g++").symlink_to("/bin/true")
     monkeypatch.setenv("PATH", str(tmp_path))
