@@ -4,9 +4,9 @@ Convolutions on a GPU compute in that layout, and a compiler that keeps its own 
 otherwise bring a carry into PyTorch's, and out of it again.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from itertools import pairwise
+from typing import Literal
 
 import torch
 from torch import fx
@@ -24,11 +24,13 @@ def with_channels_last(stages: Sequence[Stage]) -> tuple[Stage, ...]:
     """
     ends = {value.name for value in (*stages[0].receives, *stages[-1].sends)}
     ends |= _summed_or_gathered(stages)
+    carries = dict.fromkeys(value for stage in stages[:-1] for value in stage.sends)
     names = frozenset(
         value.name
-        for sender, receiver in pairwise(stages)
-        for value in sender.sends
-        if value.name not in ends and _convolve(sender, value) and _convolve(receiver, value)
+        for value in carries
+        if value.name not in ends
+        and all(_makes(stage, value) for stage in stages if _has(stage, value, "outputs"))
+        and all(_convolves(stage, value) for stage in stages if _has(stage, value, "inputs"))
     )
     return tuple(_turn_stage(stage, names) for stage in stages) if names else tuple(stages)
 
@@ -39,15 +41,33 @@ def _summed_or_gathered(stages: Iterable[Stage]) -> set[str]:
     return {value.name for step in collectives for value in (step.input, step.output)}
 
 
-def _convolve(stage: Stage, value: Value) -> bool:
-    """Whether a stage convolves such feature maps."""
+def _has(stage: Stage, value: Value, where: Literal["inputs", "outputs"]) -> bool:
+    """Whether a piece of a stage takes a value, or makes it; not whether it sends it on."""
+    return any(value in getattr(piece, where) for piece in stage.pieces)
+
+
+def _makes(stage: Stage, value: Value) -> bool:
+    """Whether a value has the channels of what a stage convolves."""
+    return any(made.shape[1] == value.shape[1] for _, made in _convolutions(stage, value))
+
+
+def _convolves(stage: Stage, value: Value) -> bool:
+    """Whether a stage convolves feature maps of the size of a value."""
+    return any(taken.shape[2:] == value.shape[2:] for taken, _ in _convolutions(stage, value))
+
+
+def _convolutions(stage: Stage, value: Value) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """What the convolutions of a stage take and make, of as many dims as a value, if that can be a
+    feature map.
+    """
     dims = len(value.shape)
     if dims not in _FEATURE_MAPS or not value.torch_dtype.is_floating_point:
-        return False
-    nodes = (node for piece in stage.pieces for node in piece.module.graph.nodes)
-    return any(
-        str(node.target).startswith("aten.conv") and node.meta["val"].ndim == dims for node in nodes
-    )
+        return
+    for node in (node for piece in stage.pieces for node in piece.module.graph.nodes):
+        if node.op == "call_function" and str(node.target).startswith("aten.conv"):
+            taken = node.all_input_nodes[0].meta["val"]
+            if taken.ndim == dims:
+                yield taken, node.meta["val"]
 
 
 def _turn_stage(stage: Stage, names: frozenset[str]) -> Stage:

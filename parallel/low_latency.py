@@ -17,6 +17,8 @@ MAX_BYTES = 512 * 1024
 KERNEL = "low_latency_kernel"
 """The function that Triton compiles for it."""
 
+_ALIGNMENT = 16
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _MAX_WORDS = MAX_BYTES // 4
 _WORDS_OF_A_PROGRAM = 256
 _NUM_WARPS = 8
@@ -36,18 +38,11 @@ class LowLatency:
             inboxes: addresses of all ranks' inboxes, that this rank can write to.
             inbox: this rank's, of `inbox_words` int64 zeros.
         """
-        import triton.language as tl  # Not installed, and of no use, where there is no GPU.
-
         places = [address + rank * _MAX_WORDS * inbox.element_size() for address in inboxes]
         self._outboxes = torch.tensor(places, dtype=torch.int64, device=inbox.device)
         self._inbox, self._size = inbox, len(inboxes)
         num_programs = _MAX_WORDS // _WORDS_OF_A_PROGRAM
         self._calls = torch.zeros(num_programs, dtype=torch.int32, device=inbox.device)
-        self._dtypes = {
-            torch.bfloat16: tl.bfloat16,
-            torch.float16: tl.float16,
-            torch.float32: tl.float32,
-        }
 
     @classmethod
     def open(cls, process_group: dist.ProcessGroup, device: torch.device) -> "LowLatency":
@@ -58,16 +53,18 @@ class LowLatency:
         """
         num_words = inbox_words(process_group.size())
         inbox = symm_mem.empty(num_words, dtype=torch.int64, device=device).zero_()
-        # Ranks meet in what follows it: nobody writes before all inboxes are empty.
-        torch.cuda.synchronize(device)
         shared = symm_mem.rendezvous(inbox, process_group)
+        # Nobody writes before all inboxes are empty.
+        shared.barrier()
+        torch.cuda.synchronize(device)
+        assert shared.buffer_ptrs[process_group.rank()] == inbox.data_ptr()
         return cls(process_group.rank(), shared.buffer_ptrs, inbox)
 
     def takes(self, x: torch.Tensor) -> bool:
         """See `SmallSums`."""
-        # A program that waits for nothing would count a call, and be ahead of the others.
-        fits = 0 < x.nbytes <= MAX_BYTES and x.nbytes % 4 == 0 and x.data_ptr() % 4 == 0
-        return fits and x.dtype in self._dtypes and x.is_contiguous()
+        # Of no words at all a program would count a call without waiting for the others.
+        fits = 0 < x.nbytes <= MAX_BYTES and x.nbytes % _ALIGNMENT == 0
+        return fits and x.dtype in _DTYPES and x.is_contiguous() and x.data_ptr() % _ALIGNMENT == 0
 
     def all_reduce(self, x: torch.Tensor) -> torch.Tensor:
         """See `SmallSums`; added up in float32."""
@@ -76,8 +73,8 @@ class LowLatency:
         total = torch.empty_like(x)
         num_words = x.nbytes // 4
         low_latency_kernel[(-(-num_words // _WORDS_OF_A_PROGRAM),)](
-            x.view(-1).view(torch.int32),
-            total.view(-1).view(torch.int32),
+            x,
+            total,
             self._outboxes,
             self._inbox,
             self._calls,
@@ -85,7 +82,6 @@ class LowLatency:
             SIZE=self._size,
             MAX_WORDS=_MAX_WORDS,
             BLOCK=_WORDS_OF_A_PROGRAM,
-            DTYPE=self._dtypes[x.dtype],
             num_warps=_NUM_WARPS,
         )
         return total

@@ -2,7 +2,7 @@
 # written in capitals.
 # mypy: disallow-untyped-defs=False, disallow-incomplete-defs=False
 # mypy: disallow-untyped-decorators=False
-# ruff: noqa: N803, SIM300
+# ruff: noqa: N803, N806, SIM300
 """The Triton kernel by which ranks add up small tensors without waiting for one another's kernels
 to begin or end. Imported only where Triton is installed; `parallel.low_latency` launches it.
 
@@ -82,7 +82,7 @@ def _bits(number, DTYPE: tl.constexpr):
     do_not_specialize=["num_words"], do_not_specialize_on_alignment=["x", "total", "num_words"]
 )
 def low_latency_kernel(
-    x,  # (num_words,) int32: this rank's tensor, two numbers a word if they have 16 bits
+    x,  # this rank's tensor: words of 32 bits, each of one number or of two
     total,  # as x
     outboxes,  # (SIZE,) int64: where this rank's words go, within each rank's inbox
     inbox,  # (2, SIZE, MAX_WORDS) int64: of this rank; zero before the first call
@@ -91,12 +91,12 @@ def low_latency_kernel(
     SIZE: tl.constexpr,  # ranks
     MAX_WORDS: tl.constexpr,
     BLOCK: tl.constexpr,  # words of a program
-    DTYPE: tl.constexpr,
 ):
+    DTYPE: tl.constexpr = x.dtype.element_ty
     program = tl.program_id(0)
     at = program * BLOCK + tl.arange(0, BLOCK)
     is_there = at < num_words
-    mine = tl.load(x + at, mask=is_there, other=0)
+    mine = tl.load(x.to(tl.pointer_type(tl.int32)) + at, mask=is_there, other=0)
     call = tl.load(calls + program) + 1
     call = tl.where(call == 0, 2, call)  # After 2**32 calls; zero is in what was never written.
     # No thread may count this call before all have read the number.
@@ -119,5 +119,5 @@ def low_latency_kernel(
         data = low.to(tl.int32, bitcast=True)
     else:
         data = _bits(low, DTYPE) | (_bits(high, DTYPE) << 16)
-    tl.store(total + at, data, mask=is_there)
+    tl.store(total.to(tl.pointer_type(tl.int32)) + at, data, mask=is_there)
     tl.store(calls + program, call)

@@ -60,10 +60,11 @@ def build_ahead(
     with ExitStack() as stack:
         for build in _missing(works, backends, builder, context.device):
             builds.append(build)
-            # They import PyTorch while the rest of the segments are exported.
+            # They import what they build with while the rest of the segments are exported.
             wanted = min(len(builds), num_processes) if len(builds) >= _FEWEST_BUILDS else 0
+            names = sorted({build.backend for build in builds})
             while len(crew) < wanted:
-                process = BuildProcess(context.device, num_threads=_CORES_A_PROCESS)
+                process = BuildProcess(context.device, names, num_threads=_CORES_A_PROCESS)
                 crew.append(stack.enter_context(process))
         if not crew:
             return {}
@@ -132,8 +133,7 @@ def _built(
     Yields:
         Each build when it is done, the folder with its files, and what came of it.
     """
-    # In this thread: PyTorch saves one program at a time.
-    orders = {build.key: _lay_out(build, desk / str(i)) for i, build in enumerate(builds)}
+    orders = dict(_laid_out(builds, desk))
     agenda = Agenda(builds)
     idle: SimpleQueue[BuildProcess] = SimpleQueue()
     for process in crew:
@@ -162,14 +162,22 @@ def _built(
                 end.cancel()
 
 
-def _lay_out(build: Build, place: Path) -> Order:
-    """Write the program of an artefact beside where its files will be."""
-    program = place.with_suffix(".pt2")
-    save_program(build.program, program)
-    return Order(
-        backend=build.backend,
-        kind=build.segment.kind,
-        num_activations=len(build.segment.activations),
-        program=str(program),
-        folder=str(place),
-    )
+def _laid_out(builds: Sequence[Build], desk: Path) -> Iterator[tuple[str, Order]]:
+    """The key and the order of each, whose program lies beside where its files will be. PyTorch
+    saves one program at a time, and those that several backends build are saved once.
+    """
+    files: dict[int, Path] = {}
+    for index, build in enumerate(builds):
+        file = files.setdefault(id(build.program), desk / f"{index}.pt2")
+        if not file.exists():
+            save_program(build.program, file)
+        yield (
+            build.key,
+            Order(
+                backend=build.backend,
+                kind=build.segment.kind,
+                num_activations=len(build.segment.activations),
+                program=str(file),
+                folder=str(desk / str(index)),
+            ),
+        )

@@ -8,7 +8,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -19,6 +19,7 @@ from typing import Self
 import torch
 
 from parallel.errors import PreflightError, UnsupportedSegmentError
+from runner.compiler.backend import Preparing
 from runner.compiler.backends import Backends
 from runner.compiler.segment import Segment, TensorSpec
 
@@ -54,14 +55,16 @@ class Answer:
 
 
 class BuildProcess:
-    """Starts at once, so that it imports PyTorch while there is nothing to build yet."""
+    """Starts at once, to import what it builds with while there is nothing to build yet."""
 
-    def __init__(self, device: torch.device, *, num_threads: int) -> None:
+    def __init__(self, device: torch.device, backends: Sequence[str], *, num_threads: int) -> None:
         """
         Args:
+            backends: that it will build with.
             num_threads: that it may keep busy; inductor would take all cores for each process.
         """
         self._device = device
+        self._backends = backends
         self._num_threads = num_threads
         self._process = self._start()
 
@@ -97,7 +100,7 @@ class BuildProcess:
         paths = [str(_ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
         program = [sys.executable, "-m", "runner.build.ahead_worker"]
         return Popen(
-            [*program, str(self._device), str(os.getpid())],
+            [*program, str(self._device), str(os.getpid()), *self._backends],
             env={
                 "TORCHINDUCTOR_COMPILE_THREADS": str(self._num_threads),
                 **os.environ,
@@ -117,16 +120,23 @@ class BuildProcess:
                 pipe.close()
 
 
-def build_ordered(device: torch.device, lines: Iterable[str]) -> Iterator[Answer]:
+def build_ordered(
+    device: torch.device, names: Iterable[str], lines: Iterable[str]
+) -> Iterator[Answer]:
     """What such a process does.
 
     Args:
+        names: of the backends to build with.
         lines: an `Order` each.
 
     Yields:
         An answer to each order.
     """
     backends = Backends(device, checks=False)
+    for backend in map(backends.__getitem__, names):
+        if isinstance(backend, Preparing):
+            with suppress(PreflightError):  # Building says so.
+                backend.prepare()
     for line in lines:
         order = Order(**json.loads(line))
         program = torch.export.load(order.program)

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from parallel import low_latency
 from parallel.context import ParallelContext
 from runner.build.built import Built
 from runner.build.contents import uses_of
@@ -51,7 +52,7 @@ class GraphRecipe:
 
     @property
     def kernels(self) -> Collection[str]:
-        return ()
+        return (low_latency.KERNEL,)
 
     def works(self) -> list[Work]:
         """Segments are equal if their code and their shapes are: constants are weights, too."""

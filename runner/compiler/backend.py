@@ -67,6 +67,19 @@ class Checking(Protocol):
 
 
 @runtime_checkable
+class Preparing(Protocol):
+    """A backend that takes seconds to import what it builds with."""
+
+    def prepare(self) -> None:
+        """Import it, in a process that will build; else the first `build` does.
+
+        Raises:
+            PreflightError: it does not import on this host; every later `build` raises it, too.
+        """
+        ...
+
+
+@runtime_checkable
 class Caching(Protocol):
     """A backend that completes its artefacts when they are loaded, and can keep what it made."""
 

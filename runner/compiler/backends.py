@@ -24,7 +24,8 @@ class Backends:
     def __init__(self, device: torch.device, *, checks: bool = True) -> None:
         """
         Args:
-            checks: what is built is tried, by those that are `Checking`; False: others do that.
+            checks: what is built, and what builds it, is tried in another process; False: another
+                one does that, or may itself end.
         """
         from runner.compiler.eager import EagerBackend
         from runner.compiler.inductor import InductorBackend
@@ -33,7 +34,7 @@ class Backends:
         self._make: dict[str, Callable[[], Backend]] = {
             "eager": EagerBackend,
             "inductor": partial(InductorBackend, device, checks=checks),
-            "tensorrt": partial(TensorRTBackend, device),
+            "tensorrt": partial(TensorRTBackend, device, checks=checks),
         }
         self._made: dict[str, Backend] = {}
         self._caches: Path | None = None

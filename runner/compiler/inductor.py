@@ -23,7 +23,7 @@ from parallel.errors import IncompatibleError, PreflightError, UnsupportedSegmen
 from runner.compiler.backend import Compiled
 from runner.compiler.counter import counted
 from runner.compiler.host import cpu_features, cpu_isa, gpu_name
-from runner.compiler.kernel_timing import use_graphs
+from runner.compiler.kernel_timing import WAY, use_graphs
 from runner.compiler.segment import Segment
 
 LIBRARY = "segment.so"
@@ -77,7 +77,7 @@ class InductorBackend:
             if self._device.type == "cuda"
             else f"{cpu_isa()} {' '.join(cpu_features())}"
         )
-        options = [_ON_GPU, _ONE_ROW, _VECTOR] if self._device.type == "cuda" else []
+        options = [_ON_GPU, _ONE_ROW, _VECTOR, WAY] if self._device.type == "cuda" else []
         return {"torch": torch.__version__, "hardware": hardware, "options": json.dumps(options)}
 
     def build(self, segment: Segment, program: torch.export.ExportedProgram, folder: Path) -> None:
@@ -113,6 +113,10 @@ class InductorBackend:
             if self._checks:
                 self._check_loads(made)
             shutil.copyfile(made, folder / LIBRARY)
+
+    def prepare(self) -> None:
+        """See `Preparing`."""
+        import torch._inductor.compile_fx  # noqa: F401
 
     def check(self, folder: Path) -> None:
         """See `Checking`."""
@@ -177,9 +181,11 @@ class InductorBackend:
     def _options(self, segment: Segment) -> dict[str, Any]:
         if self._device.type == "cpu":
             return {}
-        one_row = _ONE_ROW if segment.num_rows == 1 else {}
-        vector = _VECTOR if one_row and len(segment.activations[0].shape) == 2 else {}
-        return {**_ON_GPU, **one_row, **vector}
+        if segment.num_rows != 1:
+            return dict(_ON_GPU)
+        first = segment.activations[0]
+        is_vector = len(first.shape) == 2 and first.dtype.is_floating_point
+        return {**_ON_GPU, **_ONE_ROW, **(_VECTOR if is_vector else {})}
 
 
 def _reason(error: Exception) -> str:

@@ -11,7 +11,10 @@ from pathlib import Path
 
 import torch
 
-from runner.compiler.triton_driver import CAUSES
+from parallel.context import ParallelContext
+from parallel.errors import PreflightError
+from parallel.low_latency import LowLatency
+from runner.compiler.triton_driver import CAUSES, find_obstacle
 
 _FOLDER = "triton"
 _LAUNCHER = "cuda_utils"
@@ -33,6 +36,21 @@ def watch_kernels(device: torch.device, caches: Path | None = None) -> None:
         KernelCache.install(caches and caches / _FOLDER)
     except CAUSES:
         return
+
+
+def check_kernels(context: ParallelContext) -> None:
+    """Find out before there is work whether Triton starts, where the ranks cannot do without.
+
+    Raises:
+        PreflightError: it does not.
+    """
+    if not isinstance(context.tp.small_sums, LowLatency):
+        return
+    if obstacle := find_obstacle():
+        raise PreflightError(
+            f"distributed.all_reduce: low_latency needs Triton, which does not start ({obstacle}); "
+            "set it to auto or one_shot"
+        )
 
 
 def keep_kernels(device: torch.device, kernels: Collection[str], caches: Path) -> None:

@@ -55,9 +55,21 @@ class TensorRTBackend:
 
     name = "tensorrt"
 
-    def __init__(self, device: torch.device, *, settings: BuildSettings | None = None) -> None:
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        settings: BuildSettings | None = None,
+        checks: bool = True,
+    ) -> None:
+        """
+        Args:
+            checks: whether Torch-TensorRT imports is tried in another process first, since it may
+                end this one.
+        """
         self._device = device
         self._settings = settings or BuildSettings()
+        self._checks = checks
         self._imports = False
         self.runtime = EngineRuntime(device)
 
@@ -77,9 +89,7 @@ class TensorRTBackend:
 
     def build(self, segment: Segment, program: torch.export.ExportedProgram, folder: Path) -> None:
         """See `Backend`."""
-        if not self._imports:
-            check_import()
-            self._imports = True
+        self.prepare()
         with torch.cuda.device(self._device):
             write_artefact(
                 program,
@@ -89,6 +99,19 @@ class TensorRTBackend:
                 install=self._install,
                 target=target_of(self._device),
             )
+
+    def prepare(self) -> None:
+        """See `Preparing`."""
+        if self._imports:
+            return
+        check_user()
+        if self._checks:
+            check_import()
+        try:
+            import_torch_tensorrt()
+        except Exception as error:  # Whatever its initialization meets.
+            raise _does_not_import(str(error)) from error
+        self._imports = True
 
     def load(self, folder: Path, segment: Segment) -> Compiled:
         """See `Backend`."""
@@ -151,12 +174,8 @@ def write_artefact(
     io.write(folder)
 
 
-def check_import() -> None:
-    """Find out in another process whether `torch_tensorrt` imports on this host.
-
-    Raises:
-        PreflightError: it does not; says why.
-    """
+def check_user() -> None:
+    """Raises PreflightError: this user has no name, without which `torch_tensorrt` crashes."""
     try:
         pwd.getpwuid(os.getuid())
     except KeyError:
@@ -164,15 +183,25 @@ def check_import() -> None:
             f"user id {os.getuid()} has no line in /etc/passwd, and Torch-TensorRT does not import "
             "without one; add the line, or run as a user that has one"
         ) from None
+
+
+def check_import() -> None:
+    """Find out in another process whether `torch_tensorrt` imports on this host.
+
+    Raises:
+        PreflightError: it does not; says why.
+    """
     command = [sys.executable, "-c", "import torch_tensorrt"]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-        raise PreflightError(
-            f"torch_tensorrt does not import on this host ({reason}); it needs an NVIDIA driver "
-            "and the torch that it was made for: see shardline doctor, or set compile.backend to "
-            "inductor"
-        )
+        raise _does_not_import((done.stderr.strip().splitlines() or ["no message"])[-1])
+
+
+def _does_not_import(reason: str) -> PreflightError:
+    return PreflightError(
+        f"torch_tensorrt does not import on this host ({reason}); it needs an NVIDIA driver and "
+        "the torch that it was made for: see shardline doctor, or set compile.backend to inductor"
+    )
 
 
 def build_engine(

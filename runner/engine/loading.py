@@ -14,7 +14,7 @@ from parallel.transfer import CarryTransfer
 from runner.bundle import manifest
 from runner.bundle.bundle import Bundle
 from runner.compiler.backends import Backends
-from runner.compiler.kernels import watch_kernels
+from runner.compiler.kernels import check_kernels, watch_kernels
 from runner.engine.compiled_stage import Artefacts, CompiledStage
 from runner.engine.rebuilding import Artefact, build_artefacts
 from runner.engine.stage_runner import StageRunner
@@ -50,6 +50,7 @@ def make_runner(
     job: DecoderJob, context: ParallelContext, weights: Iterable[tuple[str, torch.Tensor]]
 ) -> StageRunner:
     """A rank's stage with its weights, not compiled."""
+    check_kernels(context)
     heads = job.plan.ranks[context.rank].heads
     attend = make_attention(
         heads,

@@ -133,6 +133,7 @@ class TritonDecodeAttention:
             return out.flatten(1)
         longest = max(batch.kv_lens, default=0)
         tiles = triton.cdiv(longest, self._block_n)
+        tiles = 1 if tiles <= self._tuning.one_split_tiles else tiles
         num_kv, block_d = self._constants["NUM_KV"], self._constants["BLOCK_D"]
         splits = count_splits(len(q) * num_kv, tiles, self._wanted)
         parts = q.shape[0] * q.shape[1] * splits if splits > 1 else 0

@@ -15,7 +15,7 @@ from parallel.errors import ShardlineError
 from parallel.graph import Graph
 from parallel.graph_cut import Boundaries
 from parallel.graph_layout import with_channels_last
-from parallel.graph_stage import Piece
+from parallel.graph_stage import Piece, Value
 from runner.compiler.backend import Backend, Compiled
 from runner.compiler.rounds import Tensors
 from runner.compiler.segment import Segment
@@ -23,8 +23,8 @@ from runner.pipeline.timing import call_seconds, random_of, spec_of, weights_of
 
 _LOG = logging.getLogger(__name__)
 
-_Span = tuple[int, int]
-"""Of units: the first, and the first after."""
+_Form = tuple[int, int, tuple[Value, ...], tuple[Value, ...]]
+"""Of a stage: its first unit, the first after it, what it takes and what it makes."""
 
 
 class CompiledStages:
@@ -51,7 +51,7 @@ class CompiledStages:
         self._backends = backends
         self._captures = captures
         self._channels_last = channels_last
-        self._found: dict[_Span, tuple[float, str]] = {}
+        self._found: dict[_Form, tuple[float, str]] = {}
 
     def seconds(self, boundaries: Boundaries) -> tuple[float, ...]:
         """Of every stage of a cut, one after the other.
@@ -59,21 +59,27 @@ class CompiledStages:
         Raises:
             ShardlineError: the only backend cannot do it, or none of several.
         """
-        spans, stages = self._spans(boundaries), self._graph.stages(boundaries)
-        if self._channels_last:
-            stages = with_channels_last(stages)
-        for span, stage in zip(spans, stages, strict=True):
-            if span not in self._found:
-                (piece,) = stage.pieces
-                self._found[span] = self._fastest(piece)
-        return tuple(self._found[span][0] for span in spans)
+        pieces = self._pieces(boundaries)
+        for form, piece in pieces.items():
+            if form not in self._found:
+                self._found[form] = self._fastest(piece)
+        return tuple(self._found[form][0] for form in pieces)
 
     def backends(self, boundaries: Boundaries) -> tuple[str, ...]:
         """What compiled the stages of a cut that was timed; each is named once."""
-        return tuple(dict.fromkeys(self._found[span][1] for span in self._spans(boundaries)))
+        return tuple(dict.fromkeys(self._found[form][1] for form in self._pieces(boundaries)))
 
-    def _spans(self, boundaries: Boundaries) -> list[_Span]:
-        return list(pairwise([0, *boundaries, len(self._graph.units)]))
+    def _pieces(self, boundaries: Boundaries) -> dict[_Form, Piece]:
+        """What the stages of a cut compute, one after the other."""
+        stages = self._graph.stages(boundaries)
+        if self._channels_last:
+            stages = with_channels_last(stages)
+        found = {}
+        spans = pairwise([0, *boundaries, len(self._graph.units)])
+        for (start, stop), stage in zip(spans, stages, strict=True):
+            (piece,) = stage.pieces
+            found[start, stop, piece.inputs, piece.outputs] = piece
+        return found
 
     def _fastest(self, piece: Piece) -> tuple[float, str]:
         segment = Segment("stage", piece.module, tuple(map(spec_of, piece.inputs)))

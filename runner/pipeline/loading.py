@@ -9,6 +9,7 @@ import torch
 from parallel.context import ParallelContext
 from runner.compiler.backend import artefact_key
 from runner.compiler.backends import Backends
+from runner.compiler.kernels import check_kernels, watch_kernels
 from runner.compiler.segment import Segment
 from runner.graph_planning import GraphJob
 from runner.pipeline.programs import batch_size, programs_of, weights_of
@@ -27,6 +28,8 @@ def load_worker(job: GraphJob, context: ParallelContext) -> StageWorker:
         IncompatibleError: an artefact was made for another host.
         PreflightError: a backend is not usable here, and was to build what the bundle holds anew.
     """
+    if job.bundle and job.on_mismatch is None:
+        watch_kernels(context.device, job.bundle.caches(context.rank))
     programs = programs_of(job, context.rank, device=context.device.type)
     if job.bundle is None or job.on_mismatch == "eager":
         runs = runs_of(job, programs, lambda segment, _: segment.function())
@@ -46,6 +49,7 @@ def make_worker(
     weights: Iterable[tuple[str, torch.Tensor]],
 ) -> StageWorker:
     """A worker of this rank; on a GPU its graphs are captured."""
+    check_kernels(context)
     worker = StageWorker(programs, runs, dict(weights), context.tp, context.device)
     if context.device.type == "cuda" and not job.config.compile.enforce_eager:
         worker.capture()

@@ -35,8 +35,12 @@ def programs_to_compile(job: GraphJob, *, device: str) -> list[list[StageProgram
 
 
 def wants_channels_last(job: GraphJob) -> bool:
-    """Whether what is compiled takes and makes feature maps sooner with their channels last."""
-    return job.device_type == "cuda" and "tensorrt" in candidates_of(job.config.compile.backend)
+    """Whether what is compiled may take and make feature maps sooner with their channels last, and
+    all ranks see the same of them: a stage that splits a layer has a sum where another has none.
+    """
+    is_even = len(set(job.plan.topology.tp_sizes)) == 1
+    may_be_engines = "tensorrt" in candidates_of(job.config.compile.backend)
+    return is_even and may_be_engines and job.device_type == "cuda"
 
 
 def _tracer(job: GraphJob, *, device: str, channels_last: bool = False) -> Tracer:

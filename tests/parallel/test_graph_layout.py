@@ -1,10 +1,11 @@
 """Carries with their channels last: which they are, and that stages compute the same."""
 
 from collections.abc import Sequence
+from pathlib import Path
 
 import pytest
 import torch
-from graph_jobs import CASES, make_job
+from graph_jobs import CASES, Case, make_job
 from graph_models import ResNet, UNet, run_ranks, run_stages, trace
 from torch import nn
 
@@ -12,6 +13,7 @@ from parallel.graph import Stage
 from parallel.graph_layout import with_channels_last
 from parallel.graph_modules import cut_at
 from runner.pipeline.programs import programs_of, programs_to_compile
+from runner.pipeline.stored_programs import read_programs, write_programs
 
 _c10d = torch.ops._c10d_functional
 
@@ -114,15 +116,53 @@ def test_what_is_summed_up_stays_and_what_comes_later_does_not() -> None:
         torch.testing.assert_close(found, wanted, rtol=1e-12, atol=1e-12)
 
 
-@pytest.mark.parametrize(("device", "backend"), [("cuda", "tensorrt"), ("cuda", "auto")])
+@pytest.mark.parametrize(
+    ("device", "backend", "is_turned"),
+    [
+        ("cuda", "tensorrt", True),
+        ("cuda", "auto", True),
+        ("cuda", "inductor", False),
+        ("cpu", "tensorrt", False),
+    ],
+)
 def test_engines_are_given_them_and_nothing_else_is(
-    device: str, backend: str, monkeypatch: pytest.MonkeyPatch
+    device: str, backend: str, is_turned: bool, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     job = make_job(CASES["unet"], [1, 1], compile={"backend": backend, "buckets": [4]})
     monkeypatch.setattr(type(job), "device_type", device)
-    shapes = [value.shape for value in programs_to_compile(job, device="cpu")[0][0].sends]
+    programs = programs_to_compile(job, device="cpu")
+    shapes = [value.shape for value in programs[0][0].sends]
     as_run = [value.shape for value in programs_of(job, 0, device="cpu")[0].sends]
-    assert shapes == [(n, *size, channels) for n, channels, *size in as_run]
-    monkeypatch.setattr(type(job), "device_type", "cpu")
-    on_cpu = programs_to_compile(job, device="cpu")[0][0].sends
-    assert [value.shape for value in on_cpu] == as_run
+    # The last of them is made larger before it is convolved.
+    last = [(n, *size, channels) for n, channels, *size in as_run[:-1]] + as_run[-1:]
+    assert shapes == (last if is_turned else as_run)
+    write_programs(programs, tmp_path)
+    assert read_programs(tmp_path, 1, device="cpu")[0].receives == programs[0][0].sends
+
+
+def test_ranks_of_which_some_split_layers_keep_to_the_model(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What one of them sums up and the next receives is no sum to a stage of one rank."""
+
+    class Mixed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem = nn.Conv2d(3, 8, 1)
+            self.up, self.down = nn.Linear(8, 16), nn.Linear(16, 8, bias=False)
+            self.tail = nn.Conv2d(4, 4, 1)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            x = self.stem(x).permute(0, 2, 3, 1)
+            return self.tail(self.down(torch.relu(self.up(x))))
+
+    image = {"name": "image", "shape": ["batch", 3, 4, 8], "dtype": "float32"}
+    plan, points = {"up": "colwise", "down": "rowwise"}, {2: ["tail"]}
+    case = Case(Mixed, [image], tp_plan=plan, split_points=points)
+    for sizes in ([1, 2], [2, 1], [2, 2]):
+        job = make_job(case, sizes, compile={"backend": "tensorrt", "buckets": [4]})
+        monkeypatch.setattr(type(job), "device_type", "cuda")
+        programs = programs_to_compile(job, device="cpu")
+        sent = [p[0].sends for p in programs[: sizes[0]]]
+        received = [p[0].receives for p in programs[sizes[0] :]]
+        assert {values[0].shape for values in (*sent, *received)} == {(4, 4, 8, 8)}

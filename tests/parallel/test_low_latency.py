@@ -1,6 +1,6 @@
 """All-reduce by inboxes: what it compiles to, and two ranks of it as two streams of one GPU."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import pytest
 import torch
@@ -11,7 +11,7 @@ from parallel.low_latency import KERNEL, MAX_BYTES, LowLatency, inbox_words
 pytest.importorskip("triton", reason="Triton is for Linux")
 
 DTYPES = [torch.bfloat16, torch.float16, torch.float32]
-SIZES = [2, 16, 4096, 258, 3 * 4096 + 2, 64 * 2048, 2]
+SIZES = [8, 16, 4096, 264, 3 * 4096 + 8, 64 * 2048, 8]
 """Elements, in the order in which they are added up: inboxes hold what was larger before."""
 
 needs_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs an NVIDIA GPU")
@@ -28,33 +28,28 @@ def test_a_word_is_sent_and_taken_in_one_piece(size: int, dtype: str) -> None:
     from parallel.low_latency_kernel import low_latency_kernel
 
     assert low_latency_kernel.__name__ == KERNEL
-    names = {"bf16": "bfloat16", "fp16": "float16", "fp32": "float32"}
-    constants = {
-        "SIZE": size,
-        "MAX_WORDS": MAX_BYTES // 4,
-        "BLOCK": 256,
-        "DTYPE": getattr(triton.language, names[dtype]),
-    }
-    signature = {"x": "*i32", "total": "*i32", "outboxes": "*i64", "inbox": "*i64"}
+    constants = {"SIZE": size, "MAX_WORDS": MAX_BYTES // 4, "BLOCK": 256}
+    signature = {"x": f"*{dtype}", "total": f"*{dtype}", "outboxes": "*i64", "inbox": "*i64"}
     signature |= {"calls": "*i32", "num_words": "i32", **dict.fromkeys(constants, "constexpr")}
     source = ASTSource(low_latency_kernel, signature, constants)
     made = triton.compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8})
     code = made.asm["ptx"]
     assert code.count("st.relaxed.sys.global.b64") == size
     assert code.count("ld.relaxed.sys.global.b64") == size
-    # After the number of the call was read, and before it is counted.
-    assert "bar.sync" in code
+    # All threads have read the number of the call before one of them counts it.
+    numbers = [code.index("ld.global", code.index("ld.global") + 1), code.rindex("st.global")]
+    assert numbers[0] < code.index("bar.sync") < numbers[1]
 
 
 def test_what_does_not_fit_is_left_to_the_process_group() -> None:
-    ways = LowLatency(0, [0, 0], torch.zeros(1, dtype=torch.int64))
-    assert ways.takes(torch.zeros(MAX_BYTES // 2, dtype=torch.bfloat16))
-    assert not ways.takes(torch.zeros(MAX_BYTES // 2 + 2, dtype=torch.bfloat16))
-    assert not ways.takes(torch.zeros(3, dtype=torch.float16)), "half a word"
-    assert not ways.takes(torch.zeros(5, dtype=torch.float16)[1:]), "begins within a word"
-    assert not ways.takes(torch.zeros(0, 4)), "no words"
-    assert not ways.takes(torch.zeros(4, 4).T)
-    assert not ways.takes(torch.zeros(4, dtype=torch.float64))
+    way = LowLatency(0, [0, 0], torch.zeros(1, dtype=torch.int64))
+    assert way.takes(torch.zeros(MAX_BYTES // 2, dtype=torch.bfloat16))
+    assert not way.takes(torch.zeros(MAX_BYTES // 2 + 8, dtype=torch.bfloat16))
+    assert not way.takes(torch.zeros(1)), "what idle ranks tell one another"
+    assert not way.takes(torch.zeros(9, dtype=torch.float16)[1:]), "begins within a word"
+    assert not way.takes(torch.zeros(0, 4)), "no words"
+    assert not way.takes(torch.zeros(4, 4).T)
+    assert not way.takes(torch.zeros(4, dtype=torch.float64))
 
 
 class Pair:
@@ -63,8 +58,8 @@ class Pair:
     def __init__(self, device: torch.device) -> None:
         inboxes = [torch.zeros(inbox_words(2), dtype=torch.int64, device=device) for _ in range(2)]
         places = [inbox.data_ptr() for inbox in inboxes]
-        ranks = [LowLatency(rank, places, inbox) for rank, inbox in enumerate(inboxes)]
-        self.groups = [Group((0, 1), rank, small_sums=way) for rank, way in enumerate(ranks)]
+        self.ranks = [LowLatency(rank, places, inbox) for rank, inbox in enumerate(inboxes)]
+        self.groups = [Group((0, 1), rank, small_sums=way) for rank, way in enumerate(self.ranks)]
         self.streams = [torch.cuda.Stream(device) for _ in range(2)]
         # While one rank waits for the other nothing may be loaded onto the GPU, or allocated.
         for stream in self.streams:
@@ -73,16 +68,25 @@ class Pair:
         answering = torch.zeros(inbox_words(2), dtype=torch.int64, device=device)
         own = [answering.data_ptr(), answering.data_ptr() + MAX_BYTES // 4 * 8]
         self.alone = LowLatency(0, own, answering)
+        torch.cuda._sleep(1)
         for dtype in DTYPES:
-            x = torch.ones(2, dtype=dtype, device=device)
-            assert self.alone.all_reduce(x).tolist() == [2, 2], "of what it sent itself"
+            x = torch.ones(8, dtype=dtype, device=device)
+            assert self.alone.all_reduce(x).tolist() == [2] * 8, "of what it sent itself"
         torch.cuda.synchronize(device)
 
-    def sums(self, given: list[torch.Tensor]) -> list[torch.Tensor]:
+    def sums(
+        self, given: list[torch.Tensor], *, late: Sequence[int] = (0, 0)
+    ) -> list[torch.Tensor]:
+        """
+        Args:
+            late: by how many cycles each rank is.
+        """
         torch.cuda.synchronize()
         found = []
-        for x, group, stream in zip(given, self.groups, self.streams, strict=True):
+        ranks = zip(given, self.groups, self.streams, late, strict=True)
+        for x, group, stream, cycles in ranks:
             with torch.cuda.stream(stream):
+                torch.cuda._sleep(cycles)
                 found.append(all_reduce(x, group))
         torch.cuda.synchronize()
         return found
@@ -112,6 +116,20 @@ def test_both_ranks_get_the_sum(dtype: torch.dtype, pair: Pair, device: torch.de
             wanted = (given[0].float() + given[1].float()).to(dtype)
             for found in pair.sums(given):
                 assert torch.equal(found, wanted)
+
+
+@pytest.mark.gpu
+@needs_gpu
+def test_a_rank_that_is_late_is_waited_for_and_numbers_begin_again(
+    pair: Pair, device: torch.device
+) -> None:
+    for rank in pair.ranks:
+        rank._calls.fill_(-3)
+    for call, late in enumerate([(10**6, 0), (0, 10**6)] * 3):
+        given = [torch.full((1024,), float(call + rank), device=device) for rank in range(2)]
+        for found in pair.sums(given, late=late):
+            assert torch.equal(found, torch.full_like(found, 2 * call + 1))
+    assert [int(rank._calls[0]) for rank in pair.ranks] == [4, 4], "0 is left out"
 
 
 @pytest.mark.gpu

@@ -146,7 +146,7 @@ def test_libraries_that_do_not_load_are_not_kept(
 
 
 def test_a_process_has_as_many_threads_as_its_share_of_the_cores() -> None:
-    with BuildProcess(CPU, num_threads=3) as process:
+    with BuildProcess(CPU, [], num_threads=3) as process:
         environment = Path(f"/proc/{process._process.pid}/environ")
         # The kernel shows it a moment after the program has begun.
         while not (shown := environment.read_bytes()):

@@ -44,14 +44,20 @@ def test_what_the_compiler_says_first_is_told_in_one_line(
 
 
 @pytest.mark.parametrize(
-    ("shape", "searches", "is_vector"),
-    [((1, 8), True, True), ((2, 8), False, False), ((1, 3, 8, 8), True, False), ((), False, False)],
-    ids=["vector", "rows", "image", "number"],
+    ("shape", "dtype", "searches", "is_vector"),
+    [
+        ((1, 8), torch.bfloat16, True, True),
+        ((2, 8), torch.bfloat16, False, False),
+        ((1, 3, 8, 8), torch.float32, True, False),
+        ((1, 128), torch.int64, True, False),
+        ((), torch.float32, False, False),
+    ],
+    ids=["vector", "rows", "image", "tokens", "number"],
 )
 def test_on_a_gpu_kernels_are_searched_for_as_far_as_it_pays(
-    shape: tuple[int, ...], searches: bool, is_vector: bool
+    shape: tuple[int, ...], dtype: torch.dtype, searches: bool, is_vector: bool
 ) -> None:
-    segment = Segment("relu", nn.ReLU(), (TensorSpec(shape, torch.float32),))
+    segment = Segment("relu", nn.ReLU(), (TensorSpec(shape, dtype),))
     options = InductorBackend(torch.device("cuda", 0))._options(segment)
     assert options["aot_inductor.embed_kernel_binary"]
     assert ("coordinate_descent_tuning" in options) == searches

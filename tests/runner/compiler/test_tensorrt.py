@@ -234,14 +234,18 @@ def test_a_rank_on_the_cpu_is_told_so() -> None:
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="it imports where there is a driver")
 def test_a_host_without_a_driver_is_told_so() -> None:
-    with pytest.raises(PreflightError, match=r"does not import on this host .*compile\.backend"):
+    told = r"does not import on this host .*compile\.backend"
+    with pytest.raises(PreflightError, match=told):
         check_import()
+    for checks in (True, False):
+        with pytest.raises(PreflightError, match=told):
+            TensorRTBackend(torch.device("cuda", 0), checks=checks).prepare()
 
 
 def test_a_user_without_a_name_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.getuid", lambda: 2**31 - 3)
     with pytest.raises(PreflightError, match="user id 2147483645 has no line in /etc/passwd"):
-        check_import()
+        TensorRTBackend(torch.device("cuda", 0), checks=False).prepare()
 
 
 def test_specs_leave_constants_out() -> None:

@@ -1,6 +1,6 @@
 """Engines at work on a GPU, against the module that each was built of."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -28,6 +28,9 @@ TOLERANCE = {torch.float32: 1e-3, torch.float16: 2e-3, torch.bfloat16: 1e-2}
 """Relative error of a norm. TensorRT-RTX multiplies float32 in TF32, which makes 5e-4 of it here
 (docs/measurements.md).
 """
+
+VISION_TOLERANCE = {torch.float32: 1.5e-3, torch.float16: 3e-3, torch.bfloat16: 1.4e-2}
+"""Of four products in a row: a third more than the 1.1e-3, 2.1e-3 and 1.04e-2 found on an H200."""
 
 
 class NormMLP(nn.Module):
@@ -128,14 +131,9 @@ def check(
     got: tuple[torch.Tensor, ...],
     segment: Segment,
     inputs: list[torch.Tensor],
-    *,
-    num_blocks: int = 1,
+    tolerance: Mapping[torch.dtype, float] = TOLERANCE,
 ) -> None:
-    """Equal to the module in float64, as far as the dtype goes.
-
-    Args:
-        num_blocks: one after the other, each of two products or so; their errors are independent.
-    """
+    """Equal to the module in float64, as far as the dtype goes."""
     wanted = segment.function().double()(*(x.double() for x in inputs))
     assert len(got) == len(wanted)
     errors = [((a.double() - b).norm() / b.norm()).item() for a, b in zip(got, wanted, strict=True)]
@@ -144,7 +142,7 @@ def check(
         assert ours.dtype == segment.activations[0].dtype
         assert ours.shape == exact.shape
         assert ours.is_contiguous()
-        assert error <= TOLERANCE[ours.dtype] * num_blocks**0.5, told
+        assert error <= tolerance[ours.dtype], told
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -180,7 +178,7 @@ def test_a_vision_engine_computes_what_its_module_does(
         for name, x in zip(segment.weights, inputs[1:], strict=True):
             if name.endswith("running_var"):
                 x.abs_().add_(0.5)
-        check(engine(*inputs), segment, inputs, num_blocks=2)
+        check(engine(*inputs), segment, inputs, VISION_TOLERANCE)
 
 
 def test_a_graph_replays_it_with_other_values(

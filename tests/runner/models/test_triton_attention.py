@@ -169,6 +169,16 @@ def test_kernel_equals_softmax(heads: HeadShare, window: int | None, dtype: torc
 
 
 @kernel
+def test_kernel_splits_what_is_longer_than_joining_takes() -> None:
+    """Of tiles of 16 keys: just as many as are not split, one more, and many more than splits."""
+    lengths = [4 * 16, 4 * 16 + 1, 4 * 16 + 2, 5 * 16 + 1, 33 * 16]
+    step = Step(HEADS["grouped"], [1] * len(lengths), lengths)
+    attend = decode_attention(step, tile_bytes=16 * 16 * 4, programs_per_processor=32)
+    for window in (None, 40):
+        step.check(attend, window)
+
+
+@kernel
 @pytest.mark.parametrize(("block_size", "head_dim"), [(1, 16), (2, 24), (16, 80), (256, 64)])
 def test_kernel_with_blocks_and_heads_of_any_size(block_size: int, head_dim: int) -> None:
     sizes: dict[str, Any] = {"block_size": block_size, "head_dim": head_dim}
