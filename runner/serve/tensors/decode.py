@@ -45,7 +45,7 @@ def decode(body: bytes, header_length: str | None, signature: Signature) -> Aske
     """
     size = _header_size(body, header_length)
     request = parse_body(InferRequest, body[:size])
-    parts = _parts(request.inputs, body[size:])
+    parts = _parts(request.inputs, memoryview(body)[size:])
     given = {
         tensor.name: (tensor, part) for tensor, part in zip(request.inputs, parts, strict=True)
     }
@@ -79,9 +79,9 @@ def _header_size(body: bytes, header_length: str | None) -> int:
     return int(header_length)
 
 
-def _parts(inputs: Sequence[InputTensor], tail: bytes) -> list[bytes | None]:
+def _parts(inputs: Sequence[InputTensor], tail: memoryview) -> list[memoryview | None]:
     """The bytes of each input that has its values there; None: it has data."""
-    parts: list[bytes | None] = []
+    parts: list[memoryview | None] = []
     start = 0
     for tensor in inputs:
         size = tensor.parameters.binary_data_size
@@ -99,7 +99,7 @@ def _parts(inputs: Sequence[InputTensor], tail: bytes) -> list[bytes | None]:
 
 
 def _tensor(
-    spec: ArraySpec, given: InputTensor, part: bytes | None, *, is_batched: bool
+    spec: ArraySpec, given: InputTensor, part: memoryview | None, *, is_batched: bool
 ) -> torch.Tensor:
     datatype = datatype_of(spec.dtype)
     if given.datatype != datatype:
@@ -115,20 +115,24 @@ def _tensor(
         raise ApiError(
             400, f"input {spec.name}: its shape is {shown}; the model takes {shape_text(wanted)}"
         )
-    flat = _of_list(spec, given) if part is None else _of_bytes(spec, given, part)
-    return flat.reshape(given.shape)
+    return _of_list(spec, given) if part is None else _of_bytes(spec, given, part)
 
 
-def _of_bytes(spec: ArraySpec, given: InputTensor, part: bytes) -> torch.Tensor:
+def _of_bytes(spec: ArraySpec, given: InputTensor, part: memoryview) -> torch.Tensor:
     dtype: torch.dtype = getattr(torch, spec.dtype)
     needed = prod(given.shape) * dtype.itemsize
     if len(part) != needed:
         raise ApiError(
             400, f"input {spec.name}: its shape takes {needed} bytes, and it has {len(part)}"
         )
-    # Copied, since torch must own what it may write to.
-    values = torch.frombuffer(bytearray(part), dtype=torch.uint8)
-    return values.bool() if dtype == torch.bool else values.view(dtype)
+    # Copied, since torch must own what it may write to. By NumPy, whose operations do not give up
+    # the interpreter as torch's do, for which the thread of the pipeline waits.
+    stored = {torch.bool: "uint8", torch.bfloat16: "int16"}.get(dtype, spec.dtype)
+    values = np.frombuffer(bytearray(part), stored).reshape(given.shape)
+    if dtype == torch.bool:
+        return torch.from_numpy(values != 0)
+    tensor = torch.from_numpy(values)
+    return tensor.view(dtype) if tensor.dtype != dtype else tensor
 
 
 def _of_list(spec: ArraySpec, given: InputTensor) -> torch.Tensor:
@@ -147,7 +151,7 @@ def _of_list(spec: ArraySpec, given: InputTensor) -> torch.Tensor:
         )
     if not set(map(type, values)) <= _kinds_of(spec):
         raise ApiError(400, f"input {spec.name}: its data holds what is no {given.datatype}")
-    return _converted(spec, values)
+    return _converted(spec, values).reshape(given.shape)
 
 
 def _kinds_of(spec: ArraySpec) -> set[type]:

@@ -33,18 +33,17 @@ def encode(
     parts: list[bytes] = []
     for index, is_binary in asked.outputs:
         tensors = [result[index] for result in results]
-        tensor = torch.stack(tensors) if signature.is_batched else tensors[0]
         spec = signature.outputs[index]
         told: dict[str, Any] = {
             "name": spec.name,
             "datatype": datatype_of(spec.dtype),
-            "shape": list(tensor.shape),
+            "shape": [len(tensors)] * signature.is_batched + list(tensors[0].shape),
         }
         if is_binary:
-            parts.append(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
+            parts.append(b"".join(map(_bytes_of, tensors)))
             told["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
-            told["data"] = _listed(tensor, spec.name)
+            told["data"] = [number for tensor in tensors for number in _listed(tensor, spec.name)]
         outputs.append(told)
     values = {**about, **({} if asked.id is None else {"id": asked.id}), "outputs": outputs}
     head = json.dumps(values).encode()
@@ -54,6 +53,12 @@ def encode(
         "Content-Type": "application/octet-stream",
         "Inference-Header-Content-Length": str(len(head)),
     }
+
+
+def _bytes_of(tensor: torch.Tensor) -> bytes:
+    # NumPy has no bfloat16.
+    stored = tensor.view(torch.int16) if tensor.dtype == torch.bfloat16 else tensor
+    return stored.numpy().tobytes()
 
 
 def _listed(tensor: torch.Tensor, name: str) -> list[Any]:

@@ -1,6 +1,8 @@
 """The protocol's routes: the server, its model, and inference."""
 
+from collections.abc import Callable
 from importlib.metadata import version
+from typing import ParamSpec, TypeVar
 
 from fastapi import APIRouter, Request, Response
 from fastapi.responses import JSONResponse
@@ -13,6 +15,12 @@ from runner.serve.tensors.decode import decode
 from runner.serve.tensors.encode import encode
 from runner.serve.tensors.front import TensorFront
 from runner.serve.tensors.signature import Signature
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+_FEW_BYTES = 32 * 1024
+"""Dealt with in less time than another thread needs to begin."""
 
 VERSION = "1"
 """Of the one model: the protocol asks for a name of it."""
@@ -29,13 +37,16 @@ class TensorRoutes:
         self._model = model
         self._signature = signature
         self.router = APIRouter(prefix="/v2")
+        names = ("/models/{name:path}/versions/{number}", "/models/{name:path}")
+        # Routes are tried in turn, so the one that is asked for most is the first.
+        for name in names:
+            self.router.add_api_route(f"{name}/infer", self.infer, methods=["POST"])
+        for name in names:
+            self.router.add_api_route(f"{name}/ready", self.model_ready, methods=["GET"])
+            self.router.add_api_route(name, self.model, methods=["GET"])
         self.router.add_api_route("", self.server, methods=["GET"])
         self.router.add_api_route("/health/live", self.live, methods=["GET"])
         self.router.add_api_route("/health/ready", self.ready, methods=["GET"])
-        for name in ("/models/{name:path}/versions/{number}", "/models/{name:path}"):
-            self.router.add_api_route(f"{name}/ready", self.model_ready, methods=["GET"])
-            self.router.add_api_route(f"{name}/infer", self.infer, methods=["POST"])
-            self.router.add_api_route(name, self.model, methods=["GET"])
 
     async def server(self) -> JSONResponse:
         """What this is, and what it can beyond the protocol's core."""
@@ -68,11 +79,12 @@ class TensorRoutes:
             raise ApiError(415, "compressed bodies are not read; send it without Content-Encoding")
         header_length = request.headers.get("inference-header-content-length")
         body = await request.body()
-        asked = await run_in_threadpool(decode, body, header_length, self._signature)
+        asked = await _apart(len(body), decode, body, header_length, self._signature)
         computing = self._front.infer(asked.samples, asked.haste)
         results = await unless_gone(request, computing)
         about = {"model_name": self._model, "model_version": VERSION}
-        content, headers = await run_in_threadpool(encode, asked, results, self._signature, about)
+        size = sum(tensor.nbytes for result in results for tensor in result)
+        content, headers = await _apart(size, encode, asked, results, self._signature, about)
         return Response(content, headers=headers)
 
     def _check_model(self, name: str, number: str) -> None:
@@ -82,6 +94,15 @@ class TensorRoutes:
                 f"there is no model {name!r} of version {number!r}; this server has "
                 f"{self._model!r} of version {VERSION!r}",
             )
+
+
+async def _apart(num_bytes: int, work: Callable[P, T], *args: P.args, **kwargs: P.kwargs) -> T:
+    """What `work` on so many bytes returns: of few at once, of many from another thread, so that
+    other clients do not wait for it.
+    """
+    if num_bytes <= _FEW_BYTES:
+        return work(*args, **kwargs)
+    return await run_in_threadpool(work, *args, **kwargs)
 
 
 def _told(what: str, good: bool) -> JSONResponse:
