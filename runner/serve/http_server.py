@@ -4,9 +4,10 @@ import os
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from errno import EADDRINUSE
 from pathlib import Path
+from resource import RLIM_INFINITY, RLIMIT_NOFILE, getrlimit, setrlimit
 from threading import Thread
 
 import uvicorn
@@ -16,6 +17,7 @@ from runner.config.schema import ServerConfig
 from runner.serve.guard import Guard
 
 _BACKLOG = 2048
+_MOST_FILES = 65536
 _LAST_WORDS_S = 2
 """How long clients have in any case to read what they are told at the end."""
 _LOOK_S = 0.05
@@ -102,6 +104,7 @@ def serving(app: Guard, listener: socket.socket, *, grace_s: Callable[[], float]
     config = uvicorn.Config(
         app, log_level="warning", lifespan="off", timeout_graceful_shutdown=_LAST_WORDS_S
     )
+    _allow_connections()
     server = uvicorn.Server(config)
     # Signals are the engine's business; a server outside the main thread leaves them alone.
     thread = Thread(target=server.run, kwargs={"sockets": [listener]}, name="http", daemon=True)
@@ -113,6 +116,17 @@ def serving(app: Guard, listener: socket.socket, *, grace_s: Callable[[], float]
     finally:
         server.should_exit = True
         thread.join(_LAST_WORDS_S + 3)
+
+
+def _allow_connections() -> None:
+    """Each is a file, of which a process may open 1,024 as most hosts are set up, and more if it
+    asks.
+    """
+    soft, hard = getrlimit(RLIMIT_NOFILE)
+    wanted = _MOST_FILES if hard == RLIM_INFINITY else min(hard, _MOST_FILES)
+    if soft != RLIM_INFINITY and soft < wanted:
+        with suppress(OSError, ValueError):  # A host may forbid it.
+            setrlimit(RLIMIT_NOFILE, (wanted, hard))
 
 
 def _family(host: str) -> socket.AddressFamily:

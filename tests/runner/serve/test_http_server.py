@@ -1,8 +1,13 @@
-"""The web server itself, by connections of a client that stay open."""
+"""The web server itself, by connections of clients that stay open."""
 
+import os
 import time
+from collections.abc import Iterator
+from contextlib import ExitStack, closing
 from http.client import HTTPConnection
+from resource import RLIMIT_NOFILE, getrlimit, setrlimit
 
+import pytest
 from starlette.responses import PlainTextResponse
 
 from runner.config.schema import ServerConfig
@@ -10,12 +15,22 @@ from runner.serve.errors import ApiError
 from runner.serve.guard import Guard
 from runner.serve.http_server import listen, serving
 
+APP = Guard(PlainTextResponse("here"), key=None, max_bytes=100, shape=ApiError.body)
+
+
+@pytest.fixture
+def few_files() -> Iterator[None]:
+    """This process may open 50 more than it has."""
+    before = getrlimit(RLIMIT_NOFILE)
+    setrlimit(RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 50, before[1]))
+    yield
+    setrlimit(RLIMIT_NOFILE, before)
+
 
 def test_answers_wait_for_no_acknowledgement() -> None:
     """Head and body are sent one after the other; a client acknowledges late, after some 40 ms."""
     listener = listen(ServerConfig(port=0))
-    app = Guard(PlainTextResponse("here"), key=None, max_bytes=100, shape=ApiError.body)
-    with serving(app, listener, grace_s=lambda: 0.0):
+    with serving(APP, listener, grace_s=lambda: 0.0):
         client = HTTPConnection(*listener.getsockname())
         took_s = []
         for _ in range(20):
@@ -24,3 +39,13 @@ def test_answers_wait_for_no_acknowledgement() -> None:
             assert client.getresponse().read() == b"here"
             took_s.append(time.monotonic() - began)
     assert min(took_s[2:]) < 0.02
+
+
+@pytest.mark.usefixtures("few_files")
+def test_as_many_clients_connect_as_the_host_allows() -> None:
+    listener = listen(ServerConfig(port=0))
+    with serving(APP, listener, grace_s=lambda: 0.0), ExitStack() as stack:
+        for _ in range(200):
+            client = stack.enter_context(closing(HTTPConnection(*listener.getsockname())))
+            client.request("GET", "/")
+            assert client.getresponse().read() == b"here"
