@@ -6,9 +6,9 @@ import json
 import os
 import shutil
 import subprocess
+import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
@@ -20,33 +20,36 @@ SCRIPT = ROOT / "scripts" / "airgap-kit"
 pytestmark = pytest.mark.full
 
 
-@contextmanager
-def clean_machine(folder: Path) -> Iterator[dict[str, str]]:
-    """The environment in which `docker` and everything else runs there.
+@pytest.fixture
+def there() -> Iterator[Path]:
+    """A folder of the clean machine; its path is short, since a socket's is."""
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
-    Yields:
-        Also NAMESPACE: what a command is put behind, to run without a network.
-    """
-    socket = folder / "docker.sock"
+
+@pytest.fixture
+def machine(there: Path) -> Iterator[dict[str, str]]:
+    """The environment in which `docker` and everything else runs there."""
+    socket = there / "docker.sock"
     command = [
         *("unshare", "--net", "--fork", "--kill-child", "sh", "-c"),
         f"ip link set lo up 2> /dev/null; exec dockerd --host unix://{socket} --bridge none "
-        f"--iptables=false --ip6tables=false --data-root {folder}/data --exec-root {folder}/exec "
-        f"--pidfile {folder}/pid",
+        f"--iptables=false --ip6tables=false --data-root {there}/data --exec-root {there}/exec "
+        f"--pidfile {there}/pid",
     ]
-    log = (folder / "log").open("w")
+    log = (there / "log").open("w")
     daemon = subprocess.Popen(command, stdout=log, stderr=log)
     environment = {**os.environ, "DOCKER_HOST": f"unix://{socket}"}
     try:
         deadline = time.monotonic() + 120
         while subprocess.run(["docker", "info"], env=environment, capture_output=True).returncode:
-            assert daemon.poll() is None, (folder / "log").read_text()[-2000:]
+            assert daemon.poll() is None, (there / "log").read_text()[-2000:]
             assert time.monotonic() < deadline
             time.sleep(0.5)
         yield environment
     finally:
-        if (folder / "pid").exists():
-            subprocess.run(["kill", (folder / "pid").read_text().strip()], check=False)
+        if (there / "pid").exists():
+            subprocess.run(["kill", (there / "pid").read_text().strip()], check=False)
         try:
             daemon.wait(60)
         finally:
@@ -59,6 +62,15 @@ def run(command: list[str | Path], environment: dict[str, str]) -> subprocess.Co
     return subprocess.run(
         ["unshare", "--net", *command], env=environment, capture_output=True, text=True, check=False
     )
+
+
+def generate(socket: Path) -> int:
+    """Ask a server that it put up for five tokens; how many came."""
+    transport = httpx.HTTPTransport(uds=str(socket))
+    with httpx.Client(transport=transport, base_url="http://kit", timeout=60) as client:
+        answer = client.post("/v1/completions", json={"prompt": "abc", "max_tokens": 5})
+    count: int = answer.json()["usage"]["completion_tokens"]
+    return count
 
 
 @pytest.fixture(scope="module")
@@ -104,69 +116,54 @@ def test_a_flipped_byte_in_any_file_is_found_and_named(kit: Path, tmp_path: Path
     assert named == {f"./{path.relative_to(copy)}" for path in spoilt}
 
 
-def test_a_clean_machine_serves_after_two_commands(kit: Path) -> None:
+def test_a_clean_machine_serves_after_two_commands(
+    kit: Path, there: Path, machine: dict[str, str]
+) -> None:
     """Carried in parts, joined, verified; then load and up."""
-    made = subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True)
-    there = Path(made.stdout.strip())  # short, since a socket's path is
-    try:
-        with clean_machine(there) as environment:
-            assert run(["docker", "images", "-q"], environment).stdout == ""
-            carry, parts = kit.parent / "carry", kit.parent / "kit.tar.sha256"
-            joined = run(["sh", "-c", f"cd {there} && {carry} join {parts}"], environment)
-            assert joined.returncode == 0, joined.stderr
+    assert run(["docker", "images", "-q"], machine).stdout == ""
+    carry, parts = kit.parent / "carry", kit.parent / "kit.tar.sha256"
+    joined = run(["sh", "-c", f"cd {there} && {carry} join {parts}"], machine)
+    assert joined.returncode == 0, joined.stderr
 
-            loaded = run([there / "kit" / "airgap-kit", "load"], environment)
-            assert loaded.returncode == 0, loaded.stderr
-            environment["SOCKETS"] = str(there / "sockets")
-            up = run([there / "kit" / "airgap-kit", "up"], environment)
-            assert up.returncode == 0, up.stdout + up.stderr
+    loaded = run([there / "kit" / "airgap-kit", "load"], machine)
+    assert loaded.returncode == 0, loaded.stderr
+    machine["SOCKETS"] = str(there / "sockets")
+    up = run([there / "kit" / "airgap-kit", "up"], machine)
+    assert up.returncode == 0, up.stdout + up.stderr
 
-            socket = str(there / "sockets" / "shardline.sock")
-            transport = httpx.HTTPTransport(uds=socket)
-            with httpx.Client(transport=transport, base_url="http://kit", timeout=60) as client:
-                body = {"prompt": "abc", "max_tokens": 5}
-                answer = client.post("/v1/completions", json=body)
-            assert answer.json()["usage"]["completion_tokens"] == 5
-            inspect = ["docker", "inspect", "--format", "{{json .HostConfig.NetworkMode}}"]
-            assert json.loads(run([*inspect, "shardline"], environment).stdout) == "none"
-            run(["docker", "rm", "--force", "--volumes", "shardline"], environment)
+    socket = there / "sockets" / "shardline.sock"
+    assert generate(socket) == 5
+    inspect = ["docker", "inspect", "--format", "{{json .HostConfig.NetworkMode}}"]
+    assert json.loads(run([*inspect, "shardline"], machine).stdout) == "none"
+    run(["docker", "rm", "--force", "--volumes", "shardline"], machine)
 
-            other = there / "other"
-            command = ["compile", other, "--model", "/models/tiny", "-pp", "2", "--device", "cpu"]
-            settings = ("compile.backend=inductor", "compile.buckets=[16]")
-            settings += ("scheduler.max_num_batched_tokens=16", "scheduler.max_num_seqs=8")
-            command += [word for setting in settings for word in ("--set", setting)]
-            made = run([there / "kit" / "airgap-kit", *command], environment)
-            assert made.returncode == 0, made.stdout + made.stderr
-            assert "inductor" in (other / "manifest.json").read_text()
-            environment |= {"BUNDLE": str(other), "NAME": "other"}
-            up = run([there / "kit" / "airgap-kit", "up"], environment)
-            assert up.returncode == 0, up.stdout + up.stderr
-            transport = httpx.HTTPTransport(uds=socket)
-            with httpx.Client(transport=transport, base_url="http://kit", timeout=60) as client:
-                answer = client.post("/v1/completions", json=body)
-            assert answer.json()["usage"]["completion_tokens"] == 5
-            run(["docker", "rm", "--force", "--volumes", "other"], environment)
-    finally:
-        subprocess.run(["rm", "-rf", there], check=False)
+    other = there / "other"
+    command = ["compile", other, "--model", "/models/tiny", "-pp", "2", "--device", "cpu"]
+    settings = ("compile.backend=inductor", "compile.buckets=[16]")
+    settings += ("scheduler.max_num_batched_tokens=16", "scheduler.max_num_seqs=8")
+    command += [word for setting in settings for word in ("--set", setting)]
+    made = run([there / "kit" / "airgap-kit", *command], machine)
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert "inductor" in (other / "manifest.json").read_text()
+    machine |= {"BUNDLE": str(other), "NAME": "other"}
+    up = run([there / "kit" / "airgap-kit", "up"], machine)
+    assert up.returncode == 0, up.stdout + up.stderr
+    assert generate(socket) == 5
+    run(["docker", "rm", "--force", "--volumes", "other"], machine)
 
 
-def test_a_clean_machine_builds_the_image_of_a_wheelhouse(wheelhouse: Path) -> None:
-    made = subprocess.run(["mktemp", "-d"], capture_output=True, text=True, check=True)
-    there = Path(made.stdout.strip())
-    try:
-        with clean_machine(there) as environment:
-            loaded = run(["docker", "load", "--input", wheelhouse / "base.tar"], environment)
-            assert loaded.returncode == 0, loaded.stderr
-            given = ["--network", "none", "--target", "runtime", "--tag", "shardline:runtime"]
-            file = wheelhouse / "docker" / "Dockerfile"
-            built = run(["docker", "build", *given, "-f", file, wheelhouse], environment)
-            assert built.returncode == 0, built.stdout + built.stderr
-            isolated = ["--network", "none", "--read-only", "--tmpfs", "/tmp:exec"]
-            told = run(["docker", "run", *isolated, "shardline:runtime", "--version"], environment)
-            assert told.returncode == 0, told.stderr
-    finally:
-        subprocess.run(["rm", "-rf", there], check=False)
+def test_a_clean_machine_builds_the_image_of_a_wheelhouse(
+    wheelhouse: Path, machine: dict[str, str]
+) -> None:
+    loaded = run(["docker", "load", "--input", wheelhouse / "base.tar"], machine)
+    assert loaded.returncode == 0, loaded.stderr
+    given = ["--network", "none", "--target", "runtime", "--tag", "shardline:runtime"]
+    file = wheelhouse / "docker" / "Dockerfile"
+    built = run(["docker", "build", *given, "-f", file, wheelhouse], machine)
+    assert built.returncode == 0, built.stdout + built.stderr
+    isolated = ["--network", "none", "--read-only", "--tmpfs", "/tmp:exec"]
+    told = run(["docker", "run", *isolated, "shardline:runtime", "--version"], machine)
+    assert told.returncode == 0, told.stderr
 
 
 def test_the_kit_has_what_it_says(kit: Path) -> None:
