@@ -123,8 +123,9 @@ def _carries(plan: DecoderPlan) -> list[str]:
 
 def _bubble(plan: DecoderPlan) -> str:
     return (
-        f"Pipeline: a batch passes the {len(plan.stages)} stages one after the other, so each "
-        f"waits {plan.pipeline_bubble * 100:.0f} % of the time."
+        f"Pipeline: a sequence alone passes the {len(plan.stages)} stages one after the other, so "
+        f"each waits {plan.pipeline_bubble * 100:.0f} % of the time; several sequences run in as "
+        "many groups, at once."
     )
 
 

@@ -113,7 +113,8 @@ def _to_text(front: "OfflineFront", output: Path) -> str:
     results = f"{plural(front.folder.num_finished, 'answer')} in {output}"
     failed = f", {plural(front.folder.num_failed, 'bad line')}" if front.folder.num_failed else ""
     if not counts.answers:
-        return f"{results}{failed}; none of them is new: every line was answered before, or is bad"
+        left = "nothing was left to answer: every line was answered before, or is bad"
+        return f"{results}{failed}; {left}"
     return (
         f"{results}{failed}; {plural(counts.answers, 'prompt')} of {counts.prompt_tokens:,} tokens "
         f"answered with {counts.completion_tokens:,} in {counts.seconds:.1f} s "

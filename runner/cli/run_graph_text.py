@@ -33,7 +33,8 @@ class RunReport:
         metrics, ran = self.metrics, self.ran
         results = f"{plural(self.summary.finished, 'result')} in {self.output}"
         if not metrics.completed:
-            return f"{results}; none of them is new: every item was computed before, or failed"
+            left = "nothing was left to compute: every item was computed before, or failed"
+            return f"{results}; {left}"
         reasons = ", ".join(f"{why} {count}" for why, count in metrics.by_reason.items() if count)
         lines = [
             f"{results}; {metrics.completed} samples in {ran.seconds:.1f} s ({self._rate:.1f} a "

@@ -22,6 +22,13 @@ if TYPE_CHECKING:
 def serve(
     *,
     job: "DecoderJob | GraphJob",
+    host: Annotated[
+        str | None, typer.Option("--host", help="Address to listen at, as server.host.")
+    ] = None,
+    port: Annotated[
+        int | None,
+        typer.Option("--port", min=0, max=65535, help="Port to listen at, as server.port."),
+    ] = None,
     uds: Annotated[
         Path | None,
         typer.Option("--uds", metavar="PATH", help="Listen at a Unix socket, not at a port."),
@@ -32,8 +39,9 @@ def serve(
     A language model is behind OpenAI's API, a tensor model behind the Open Inference Protocol
     (KServe v2).
 
-    Where to listen, the key, and limits are keys of the configuration's section server, such as
-    --set server.port=9000. Starts its own ranks, or joins those that torchrun started.
+    The key and limits are keys of the configuration's section server, such as
+    --set server.max_request_bytes=10000000. Starts its own ranks, or joins those that torchrun
+    started.
     """
     from parallel.launch import adopt
 
@@ -43,8 +51,9 @@ def serve(
         raise PreflightError(
             f"serve needs {error.name}; install the extra: pip install 'shardline[serve]'"
         ) from None
-    if uds is not None:
-        server = job.config.server.model_copy(update={"uds": str(uds)})
+    where = {"host": host, "port": port, "uds": uds and str(uds)}
+    if given := {key: value for key, value in where.items() if value is not None}:
+        server = job.config.server.model_copy(update={"uds": None} | given)
         job = replace(job, config=job.config.model_copy(update={"server": server}))
     if adopt() is None:
         check_socket(job.config.server.uds)

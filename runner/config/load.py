@@ -114,6 +114,8 @@ def _path_problems(settings: Settings) -> Iterator[Problem]:
         return
     loc = ("model", "path")
     told = shown(path, limit=4096)  # Its end is what tells paths apart.
+    if not os.path.isabs(path) and not os.path.exists(path):
+        told += f" in {os.getcwd()}"
     if is_file:
         problem = "is not a file" if os.path.exists(path) else "is not there"
         message = f"{told} {problem}; give the file that holds the model or its weights"

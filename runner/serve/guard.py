@@ -8,6 +8,9 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from parallel.errors import ConfigError
 from runner.serve.errors import ApiError, Shape
 
+_MOST_DISCARDED = 1 << 26
+"""Bytes beyond what a body may have that are read, so that its sender comes to read the answer."""
+
 _OPEN = ("/health/", "/v2/health/", "/static/")
 """Paths that tell nothing of requests, and nothing of the model."""
 
@@ -79,12 +82,18 @@ class Guard:
             message = await receive()
             if message["type"] == "http.disconnect":
                 break
-            parts.append(message.get("body", b""))
-            size += len(parts[-1])
-            if size > self._max_bytes:
-                raise ApiError(413, f"the body is larger than {self._max_bytes} bytes")
-            if not message.get("more_body"):
+            part = message.get("body", b"")
+            size += len(part)
+            if size <= self._max_bytes:
+                parts.append(part)
+            if size > self._max_bytes + _MOST_DISCARDED or not message.get("more_body"):
                 break
+        if size > self._max_bytes:
+            raise ApiError(
+                413,
+                f"the body is larger than {self._max_bytes} bytes; send less at once, or raise "
+                "server.max_request_bytes",
+            )
         told = [{"type": "http.request", "body": b"".join(parts), "more_body": False}]
 
         async def again() -> Message:

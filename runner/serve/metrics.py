@@ -28,9 +28,10 @@ class Metrics(Exposition):
         self._running = self._gauge("num_requests_running", "Requests in the batch.")
         self._waiting = self._gauge("num_requests_waiting", "Requests that wait for a place.")
         self._cache_usage = self._gauge("kv_cache_usage_perc", "Share of KV blocks in use, 0 to 1.")
-        self._preempted = self._gauge("num_preemptions", "Sequences that gave way, so far.")
-        self._prefix_tokens = self._gauge("prefix_cache_queries", "Prompt tokens looked up.")
-        self._prefix_hits = self._gauge("prefix_cache_hits", "Prompt tokens that were known.")
+        self._preempted = self._counter("num_preemptions", "Sequences that gave way.")
+        self._prefix_tokens = self._counter("prefix_cache_queries", "Prompt tokens looked up.")
+        self._prefix_hits = self._counter("prefix_cache_hits", "Prompt tokens that were known.")
+        self._shown = Load(0, 0, 0.0, 0, 0, 0)
         self._prompt = self._counter("prompt_tokens", "Tokens of finished requests' prompts.")
         self._generated = self._counter("generation_tokens", "Tokens generated.")
 
@@ -43,9 +44,10 @@ class Metrics(Exposition):
         self._running.set(load.num_running)
         self._waiting.set(load.num_waiting)
         self._cache_usage.set(load.cache_usage)
-        self._preempted.set(load.num_preempted)
-        self._prefix_tokens.set(load.prompt_tokens)
-        self._prefix_hits.set(load.cached_tokens)
+        before, self._shown = self._shown, load
+        self._preempted.inc(load.num_preempted - before.num_preempted)
+        self._prefix_tokens.inc(load.prompt_tokens - before.prompt_tokens)
+        self._prefix_hits.inc(load.cached_tokens - before.cached_tokens)
         self._history.show(load)
 
     def step(self, step: StepSummary) -> None:

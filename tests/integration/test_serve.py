@@ -216,7 +216,7 @@ def test_many_at_once_get_what_each_gets_alone(model: Path) -> None:
         with ThreadPoolExecutor(64) as pool:
             assert list(pool.map(answer, [*range(32)] * 2)) == alone * 2
         wait_for(lambda: server.metric("kv_cache_usage_perc") == 0, seconds=10)
-        assert server.metric("prefix_cache_hits") > 0
+        assert server.metric("prefix_cache_hits_total") > 0
         assert server.metric("generation_tokens_total") == 3 * sum(4 + n % 9 for n in range(32))
         server.terminate()
         assert server.process.wait(20) == 0, "".join(server.said)

@@ -71,8 +71,8 @@ def test_64_lengths_at_once_get_what_each_gets_alone(
         while server.metric("kv_cache_usage_perc"):
             assert time.monotonic() < deadline
             time.sleep(0.1)
-        known = server.metric("prefix_cache_hits")
-        looked_up = server.metric("prefix_cache_queries")
+        known = server.metric("prefix_cache_hits_total")
+        looked_up = server.metric("prefix_cache_queries_total")
         bubble = server.metric("pipeline_bubble")
     print(
         f"{NUM_REQUESTS} prompts of {sum(lengths)} tokens in {seconds:.0f} s; {known:.0f} of "
@@ -95,7 +95,7 @@ def test_a_beginning_that_is_known_is_not_computed_again(
 
         complete(server, longest[:8], 1)
         first, again = seconds(), min(seconds() for _ in range(3))
-        known = server.metric("prefix_cache_hits")
+        known = server.metric("prefix_cache_hits_total")
     print(f"{LONGEST} tokens: {first:.2f} s, once known {again:.2f} s; {known:.0f} reused")
     assert known >= 3 * (LONGEST - 16)
     assert again < first / 3

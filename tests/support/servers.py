@@ -46,7 +46,7 @@ class Server:
             model: its folder, or a configuration.
         """
         source = "--config" if model.suffix == ".yaml" else "--model"
-        given = [source, str(model), "--device", "cpu", "--set", "server.port=0", *options]
+        given = [source, str(model), "--device", "cpu", "--port", "0", *options]
         process = start_command("serve", *given)
         server = cls(process)
         Thread(target=server._listen, daemon=True).start()

@@ -44,7 +44,13 @@ def decode(body: bytes, header_length: str | None, signature: Signature) -> Aske
         ApiError: 400: it is malformed, or not what the model takes.
     """
     size = _header_size(body, header_length)
-    request = parse_body(InferRequest, body[:size])
+    try:
+        request = parse_body(InferRequest, body[:size])
+    except ApiError as error:
+        if header_length is not None or b"binary_data_size" not in body:
+            raise
+        hint = "where bytes follow the JSON, Inference-Header-Content-Length must be its size"
+        raise ApiError(error.status, f"{error.message}; {hint}", param=error.param) from None
     parts = _parts(request.inputs, memoryview(body)[size:])
     given = {
         tensor.name: (tensor, part) for tensor, part in zip(request.inputs, parts, strict=True)

@@ -41,6 +41,18 @@ def test_answers_wait_for_no_acknowledgement() -> None:
     assert min(took_s[2:]) < 0.02
 
 
+def test_a_body_that_is_too_large_is_read_before_it_is_refused() -> None:
+    """Else its sender finds the connection reset while it still sends, and no answer."""
+    listener = listen(ServerConfig(port=0))
+    with serving(APP, listener, grace_s=lambda: 0.0):
+        client = HTTPConnection(*listener.getsockname())
+        for _ in range(2):
+            client.request("POST", "/", b"x" * 20_000_000)
+            answer = client.getresponse()
+            assert answer.status == 413
+            assert b"raise server.max_request_bytes" in answer.read()
+
+
 @pytest.mark.usefixtures("few_files")
 def test_as_many_clients_connect_as_the_host_allows() -> None:
     listener = listen(ServerConfig(port=0))
