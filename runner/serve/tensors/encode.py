@@ -43,7 +43,7 @@ def encode(
             parts.append(b"".join(map(_bytes_of, tensors)))
             told["parameters"] = {"binary_data_size": len(parts[-1])}
         else:
-            told["data"] = [number for tensor in tensors for number in _listed(tensor, spec.name)]
+            told["data"] = _listed(torch.stack(tensors), spec.name)
         outputs.append(told)
     values = {**about, **({} if asked.id is None else {"id": asked.id}), "outputs": outputs}
     head = json.dumps(values).encode()
