@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from parallel.errors import PreflightError
+from parallel.errors import ConfigError, PreflightError
 from runner.cli.options import with_job_options
 from runner.cli.preflight import check_socket
 from runner.cli.ranks import on_ranks, say_what_runs
@@ -51,6 +51,8 @@ def serve(
         raise PreflightError(
             f"serve needs {error.name}; install the extra: pip install 'shardline[serve]'"
         ) from None
+    if host == "":
+        raise ConfigError("--host: it is empty; use 127.0.0.1, or 0.0.0.0 for every network")
     where = {"host": host, "port": port, "uds": uds and str(uds)}
     if given := {key: value for key, value in where.items() if value is not None}:
         server = job.config.server.model_copy(update={"uds": None} | given)

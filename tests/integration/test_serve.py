@@ -476,5 +476,7 @@ def test_mistakes_are_found_before_there_are_ranks(model: Path) -> None:
     assert f"cannot listen at 127.0.0.1 port {port}" in done.stderr
     done = run_command(*given, "server.api_key_file=/no/such/file")
     assert (done.returncode, "server.api_key_file: cannot read" in done.stderr) == (2, True)
+    done = run_command(*given[:-1], "--host", "")
+    assert (done.returncode, done.stderr.count("\n"), "--host" in done.stderr) == (2, 1, True)
     done = run_command(*given, "server.prot=1")
     assert (done.returncode, "port" in done.stderr) == (2, True)
