@@ -22,6 +22,8 @@ import torch
 from parallel.errors import IncompatibleError, PreflightError, UnsupportedSegmentError
 from runner.compiler.backend import Compiled
 from runner.compiler.counter import counted
+from runner.compiler.few_rows import OPTIONS as FEW_ROWS
+from runner.compiler.few_rows import TILES, may_pay, use_tiles
 from runner.compiler.host import cpu_features, cpu_isa, gpu_name
 from runner.compiler.kernel_timing import WAY, use_graphs
 from runner.compiler.segment import Segment
@@ -40,8 +42,8 @@ else:
 _ON_GPU = {"aot_inductor.embed_kernel_binary": True}
 _ONE_ROW = {"coordinate_descent_tuning": True}
 """With one row inductor writes matrix products as tuned reductions, which read weights faster than
-the library does. With more rows it leaves them to the library, and searching brings little for many
-seconds a segment.
+the library does. With more rows they are kernels of their own (`runner.compiler.few_rows`), and
+searching brings little for many seconds a segment.
 """
 _VECTOR = {
     "coordinate_descent_check_all_directions": True,
@@ -77,7 +79,8 @@ class InductorBackend:
             if self._device.type == "cuda"
             else f"{cpu_isa()} {' '.join(cpu_features())}"
         )
-        options = [_ON_GPU, _ONE_ROW, _VECTOR, WAY] if self._device.type == "cuda" else []
+        on_gpu = [_ON_GPU, _ONE_ROW, _VECTOR, FEW_ROWS, TILES, WAY]
+        options = on_gpu if self._device.type == "cuda" else []
         return {"torch": torch.__version__, "hardware": hardware, "options": json.dumps(options)}
 
     def build(self, segment: Segment, program: torch.export.ExportedProgram, folder: Path) -> None:
@@ -93,7 +96,7 @@ class InductorBackend:
             tempfile.TemporaryDirectory() as work,
             counted("inductor"),
             warnings.catch_warnings(),
-            self._own_stream(),
+            self._search(),
         ):
             made = Path(work, LIBRARY)
             try:
@@ -171,18 +174,19 @@ class InductorBackend:
         if self._fault:
             raise PreflightError(self._fault)
 
-    def _own_stream(self) -> AbstractContextManager[object]:
-        """On which kernels can be timed."""
+    def _search(self) -> AbstractContextManager[object]:
+        """What kernels are searched for in: on a GPU, a stream on which they can be timed."""
         if self._device.type == "cpu":
             return nullcontext()
         use_graphs()
+        use_tiles()
         return torch.cuda.stream(torch.cuda.Stream(self._device))  # type: ignore[no-untyped-call]
 
     def _options(self, segment: Segment) -> dict[str, Any]:
         if self._device.type == "cpu":
             return {}
         if segment.num_rows != 1:
-            return dict(_ON_GPU)
+            return {**_ON_GPU, **(FEW_ROWS if may_pay(segment, self._device) else {})}
         first = segment.activations[0]
         is_vector = len(first.shape) == 2 and first.dtype.is_floating_point
         return {**_ON_GPU, **_ONE_ROW, **(_VECTOR if is_vector else {})}
