@@ -9,20 +9,20 @@ import shutil
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from queue import SimpleQueue
 
 import torch
 
 from parallel.context import ParallelContext
-from parallel.errors import PreflightError
+from parallel.errors import PreflightError, ShardlineError
 from runner.build.agenda import Agenda, Build
 from runner.build.build_process import Answer, BuildProcess, Order
 from runner.build.progress import Progress
 from runner.build.worklist import Work
 from runner.bundle.builder import BundleBuilder
-from runner.compiler.backend import Backend, Checking, artefact_key
+from runner.compiler.backend import Backend, Caching, Checking, artefact_key
 from runner.compiler.counter import counted
 from runner.compiler.segment import save_program
 
@@ -82,6 +82,7 @@ def build_ahead(
                 with builder.artefact(build.key) as target:
                     shutil.copytree(folder, target, dirs_exist_ok=True)
                 seconds[build.key] = answer.seconds
+                _complete(build, by_name[build.backend], builder.artefact_folder(build.key))
             progress.finished(str(build), how=f"not built: {fault}" if fault else build.backend)
     return seconds
 
@@ -94,6 +95,15 @@ def _fault_of(folder: Path, backend: Backend) -> str:
     except PreflightError as error:
         return str(error)
     return ""
+
+
+def _complete(build: Build, backend: Backend, folder: Path) -> None:
+    """Where loading compiles the rest, do that too while others are being built: it is what loading
+    it again need not do.
+    """
+    if isinstance(backend, Caching):
+        with suppress(ShardlineError, RuntimeError):  # As the next load will say.
+            backend.load(folder, build.segment)
 
 
 def _missing(

@@ -13,7 +13,7 @@ from spoilt_compiler import use_spoiler
 from torch import nn
 
 from parallel.context import ParallelContext
-from parallel.errors import PreflightError
+from parallel.errors import IncompatibleError, PreflightError
 from parallel.launch import RankEnv
 from parallel.topology import Topology
 from runner.build.ahead import build_ahead, count_processes
@@ -21,8 +21,10 @@ from runner.build.build_process import BuildProcess
 from runner.build.choice import Chooser
 from runner.build.worklist import Use, Work
 from runner.bundle.builder import BundleBuilder
+from runner.compiler.backend import Compiled
 from runner.compiler.backends import Backends
 from runner.compiler.counter import compilations
+from runner.compiler.inductor import InductorBackend
 from runner.compiler.segment import Segment, TensorSpec
 
 pytestmark = pytest.mark.timeout(400)
@@ -82,6 +84,33 @@ def test_the_chooser_finds_everything_built(
         assert ahead - 1e-3 <= built.seconds < ahead + 20  # eager takes next to no time
     assert compilations() == here
     assert build_ahead(works, candidates, builder, context, num_processes=2) == {}
+
+
+class Completing(InductorBackend):
+    """It keeps in mind what it loads, as RTX keeps the kernels that it compiles then."""
+
+    def __init__(self) -> None:
+        super().__init__(CPU)
+        self.loaded: list[Path] = []
+
+    def load(self, folder: Path, segment: Segment) -> Compiled:
+        self.loaded.append(folder)
+        super().load(folder, segment)
+        raise IncompatibleError("what is wrong with it")
+
+    def read_caches(self, folder: Path) -> None: ...
+
+    def write_caches(self, folder: Path) -> None: ...
+
+
+def test_what_loading_completes_is_loaded_once_ahead(
+    context: ParallelContext, builder: BundleBuilder
+) -> None:
+    works = [work(rows) for rows in (5, 6, 7, 8)]
+    backend = Completing()
+    seconds = build_ahead(works, [backend], builder, context, num_processes=2)
+    assert sorted(backend.loaded) == sorted(map(builder.artefact_folder, seconds))
+    assert len(seconds) == 4
 
 
 def test_one_process_builds_nothing_ahead(context: ParallelContext, builder: BundleBuilder) -> None:
