@@ -102,6 +102,7 @@ class InductorBackend:
             try:
                 # PyTorch's own code uses what it deprecates.
                 warnings.filterwarnings("ignore", message=".*LeafSpec.*", category=FutureWarning)
+                warnings.filterwarnings("ignore", message="TypedStorage is", category=UserWarning)
                 inputs, _ = program.example_inputs
                 options = self._options(segment)
                 options["aot_inductor.output_path"] = str(made)

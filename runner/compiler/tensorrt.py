@@ -284,10 +284,13 @@ def _convert(
 
 
 def import_torch_tensorrt() -> ModuleType:
-    """`torch_tensorrt`, without the hook that it puts on Python's warnings."""
-    import torch_tensorrt
+    """`torch_tensorrt`, without its hook on Python's warnings and without what it says of packages
+    that nobody asked for.
+    """
+    with quiet():
+        import torch_tensorrt
 
-    logging.captureWarnings(False)
+        logging.captureWarnings(False)
     module: ModuleType = torch_tensorrt
     return module
 

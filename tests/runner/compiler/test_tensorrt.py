@@ -1,6 +1,7 @@
 """The tensorrt backend where there is no GPU: what is installed, what it says, what it writes."""
 
 import logging
+import subprocess
 import sys
 import warnings
 from collections.abc import Callable
@@ -24,8 +25,14 @@ from runner.compiler.tensorrt import BuildSettings, TensorRTBackend, check_impor
 from runner.compiler.tensorrt_install import Install, find_install
 from runner.compiler.tensorrt_io import ENGINE_FILE, EngineIO, specs_of
 from runner.compiler.tensorrt_runtime import EngineRuntime
-from runner.compiler.tensorrt_target import BuildJob, TensorRTTargetBackend, run_builder
+from runner.compiler.tensorrt_target import (
+    ORDER_FILE,
+    BuildJob,
+    TensorRTTargetBackend,
+    run_builder,
+)
 
+ROOT = Path(__file__).parents[3]
 SPEC = TensorSpec((4, 64), torch.bfloat16)
 
 
@@ -225,6 +232,14 @@ def test_the_standard_flavour_builds_for_no_other_gpu(monkeypatch: pytest.Monkey
     )
     with pytest.raises(ConfigError, match="sm89 needs torch-tensorrt-rtx"):
         backend.fingerprint()
+
+
+def test_torch_tensorrt_is_imported_without_a_word_of_what_nobody_asked_for(tmp_path: Path) -> None:
+    """A builder with nothing to build, since importing needs its answers in a GPU's place."""
+    (tmp_path / ORDER_FILE).write_text('{"target": "sm89", "settings": {}, "jobs": []}')
+    program = [sys.executable, "-m", "runner.compiler.target_builder", str(tmp_path)]
+    done = subprocess.run(program, cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "")
 
 
 def test_a_rank_on_the_cpu_is_told_so() -> None:
