@@ -129,7 +129,7 @@ def serve(
     report = {
         "benchmark": "serve",
         "command": ["shardline", *sys.argv[1:]],
-        "environment": read_host() | {"httpx": version("httpx")},
+        "environment": read_host() | {"aiohttp": version("aiohttp")},
         "server": {"url": url, "model": served},
         "workload": {
             "request_rate": request_rate,

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -76,6 +77,13 @@ def test_an_answer_without_text_ends_when_it_ends() -> None:
     assert timeline.chunks_at == [timeline.ended_at]
 
 
+def test_an_event_may_be_long_and_come_in_parts() -> None:
+    long = text("a" * 3 * 2**20)
+    timeline = ask(HEAD, *chunked([long[:100], long[100:], DONE.rstrip()]), END)
+    assert timeline.error is None
+    assert len(timeline.chunks_at) == 1
+
+
 @pytest.mark.parametrize(
     ("parts", "kind", "detail"),
     [
@@ -100,6 +108,30 @@ def test_errors_by_kind(parts: list[bytes], kind: str, detail: str) -> None:
     timeline = ask(*parts)
     assert timeline.error == kind
     assert detail in timeline.detail
+
+
+def test_requests_one_after_the_other_share_a_connection() -> None:
+    """What another one takes to be made would be counted as the server's."""
+    connections = 0
+
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        nonlocal connections
+        connections += 1
+        with suppress(asyncio.IncompleteReadError):
+            while await reader.readuntil(b'"extra":1}'):
+                for part in (HEAD, *chunked([text("a"), DONE]), END):
+                    writer.write(part)
+                    await asyncio.sleep(0.005)
+        writer.close()
+
+    async def run() -> list[Timeline]:
+        server = await asyncio.start_server(answer, "127.0.0.1", 0)
+        url = f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}"
+        async with Client(url, model="m", key=None, timeout_s=10, extra={"extra": 1}) as client:
+            return [await client.send({"prompt": [1]}, due_at=0.0) for _ in range(5)]
+
+    assert {timeline.error for timeline in asyncio.run(run())} == {None}
+    assert connections == 1
 
 
 def test_a_silent_server_is_a_timeout() -> None:
