@@ -40,6 +40,9 @@ def _generation_options(
     stop: Annotated[
         list[str] | None, typer.Option("--stop", help="Text that ends a completion; repeatable.")
     ] = None,
+    ignore_eos: Annotated[
+        bool, typer.Option("--ignore-eos", help="Go on after tokens that end a text.")
+    ] = False,
 ) -> GenerationOptions:
     return GenerationOptions(
         max_tokens=max_tokens,
@@ -50,6 +53,7 @@ def _generation_options(
         repetition_penalty=repetition_penalty,
         seed=seed,
         stop=tuple(stop) if stop else None,
+        ignore_eos=ignore_eos or None,
     )
 
 

@@ -84,7 +84,7 @@ class RequestMaker:
             max_model_len=self._max_model_len,
             max_tokens=self.max_tokens(options),
             sampling=self._sampling(options),
-            stop_token_ids=self._defaults.stop_token_ids,
+            stop_token_ids=frozenset() if options.ignore_eos else self._defaults.stop_token_ids,
             num_logprobs=num_logprobs,
         )
 

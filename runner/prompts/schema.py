@@ -84,6 +84,9 @@ class Options(Section):
     stop: Annotated[list[Text], BeforeValidator(_listed)] | None = None
     """Strings that end the text."""
 
+    ignore_eos: bool | None = None
+    """Go on after tokens that end a text."""
+
     def options(self) -> GenerationOptions:
         """These as the engine's side knows them."""
         values = {name: getattr(self, name) for name in Options.model_fields}

@@ -16,6 +16,7 @@ class GenerationOptions:
     Attributes:
         max_tokens: most tokens to generate.
         stop: strings that end the text and are not part of it.
+        ignore_eos: goes on after tokens that end a text, as load generators ask.
     """
 
     max_tokens: int | None = None
@@ -26,6 +27,7 @@ class GenerationOptions:
     repetition_penalty: float | None = None
     seed: int | None = None
     stop: tuple[str, ...] | None = None
+    ignore_eos: bool | None = None
 
     def over(self, others: "GenerationOptions") -> "GenerationOptions":
         """These, and what the others say where these say nothing."""

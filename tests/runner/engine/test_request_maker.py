@@ -75,6 +75,16 @@ def test_a_prompts_options_then_the_flags_then_the_folder(maker: RequestMaker) -
     assert maker.make(0, [5], flags).max_tokens == 11
 
 
+@pytest.mark.parametrize(
+    ("line", "flag", "ends"), [(None, None, True), (None, True, False), (False, True, True)]
+)
+def test_tokens_that_end_a_text_can_be_ignored(
+    maker: RequestMaker, line: bool | None, flag: bool | None, ends: bool
+) -> None:
+    options = GenerationOptions(ignore_eos=line).over(GenerationOptions(ignore_eos=flag))
+    assert bool(maker.make(0, [5], options).stop_token_ids) == ends
+
+
 def test_without_a_seed_each_request_has_its_own(maker: RequestMaker) -> None:
     seeds = {maker.make(0, [5], GenerationOptions()).sampling.seed for _ in range(3)}
     assert len(seeds) == 3

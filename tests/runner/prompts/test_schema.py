@@ -33,6 +33,7 @@ def test_a_prompt_with_everything() -> None:
         "min_p": 0.1,
         "repetition_penalty": 1.5,
         "seed": 7,
+        "ignore_eos": True,
     }
     line = {"id": "a", "prompt": "", **asked, "stop": "END"}
     options = GenerationOptions(**asked, stop=("END",))
