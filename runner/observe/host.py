@@ -44,7 +44,11 @@ class Directory:
 
 @dataclass(frozen=True)
 class Limits:
-    """The soft limits that a process inherits; None = unlimited."""
+    """Of a process that is started here; None = unlimited.
+
+    Attributes:
+        nofile: open files, as many as `serve` may ask for; the others as they are inherited.
+    """
 
     memlock_bytes: int | None
     stack_bytes: int | None
@@ -117,11 +121,11 @@ def read_directory(path: str) -> Directory:
 
 
 def read_limits() -> Limits:
-    """The soft limits of this process, which every rank it starts inherits."""
+    """Those of this process."""
     return Limits(
-        memlock_bytes=_soft_limit(resource.RLIMIT_MEMLOCK),
-        stack_bytes=_soft_limit(resource.RLIMIT_STACK),
-        nofile=_soft_limit(resource.RLIMIT_NOFILE),
+        memlock_bytes=_limit(resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]),
+        stack_bytes=_limit(resource.getrlimit(resource.RLIMIT_STACK)[0]),
+        nofile=_limit(resource.getrlimit(resource.RLIMIT_NOFILE)[1]),
     )
 
 
@@ -166,6 +170,5 @@ def _temp_path() -> str:
         return "/tmp"
 
 
-def _soft_limit(which: int) -> int | None:
-    soft, _ = resource.getrlimit(which)
-    return None if soft == resource.RLIM_INFINITY else soft
+def _limit(value: int) -> int | None:
+    return None if value == resource.RLIM_INFINITY else value

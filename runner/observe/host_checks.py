@@ -105,7 +105,9 @@ def judge_stack(limit_bytes: int | None, *, in_container: bool) -> Finding:
 
 
 def judge_nofile(limit: int | None, *, in_container: bool) -> Finding:
-    """Open files: every weight file, rank and client takes some; 256 is an error, 4096 enough."""
+    """Open files that there may be: every weight file, rank and client takes some; 256 is an error,
+    4096 enough.
+    """
     if limit is None or limit >= NOFILE_WARNING:
         return Finding("nofile", "ok", "unlimited" if limit is None else f"{limit} open files")
     fix = "docker run --ulimit nofile=65536" if in_container else "ulimit -n 65536"

@@ -1,5 +1,6 @@
 """OpenAI's routes: models, completions and chat completions."""
 
+import re
 import time
 from collections.abc import AsyncIterator, Mapping, Sequence
 from typing import Any
@@ -9,6 +10,7 @@ from fastapi.responses import JSONResponse, StreamingResponse
 from starlette.concurrency import run_in_threadpool
 
 from parallel.errors import ConfigError
+from runner.config.section import Section
 from runner.engine.request_maker import RequestMaker
 from runner.serve.answers import Answer, Kind, no_such_model
 from runner.serve.bodies import ChatRequest, CompletionRequest, parse_body
@@ -82,7 +84,8 @@ class OpenAIRoutes:
             ids = await run_in_threadpool(self._ids, prompt)
             ticket = self._front.submit(ids, options, body.timeout, num_logprobs=body.num_logprobs)
         except ConfigError as error:
-            raise ApiError(400, str(error)) from None
+            message = str(error)
+            raise ApiError(400, message, param=_key_at_the_front(message, body)) from None
         answer = Answer(kind, self._model, ticket, self._maker.tokenizer)
         if body.stream:
             include_usage = bool(body.stream_options and body.stream_options.include_usage)
@@ -123,3 +126,9 @@ class OpenAIRoutes:
             "created": self._created,
             "owned_by": "shardline",
         }
+
+
+def _key_at_the_front(message: str, body: Section) -> str | None:
+    """Of the body, if the message begins with one: "temperature=-1 is not allowed"."""
+    word = re.match(r"\w*", message)
+    return word[0] if word and word[0] in type(body).model_fields else None

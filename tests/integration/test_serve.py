@@ -333,6 +333,8 @@ def test_what_cannot_be_answered_is_told_in_openais_shape(server: Server) -> Non
                 assert answer.status_code == 400, (body, answer.text)
                 assert told in answer.json()["error"]["message"], (body, answer.text)
                 assert answer.json()["error"]["type"] == "invalid_request_error"
+                if isinstance(body, dict) and told in body:
+                    assert answer.json()["error"]["param"].startswith(told), (body, answer.text)
         for raw in RAW:
             answer = client.post("/v1/completions", content=raw)
             assert answer.status_code == 400, (raw, answer.text)
