@@ -1,11 +1,16 @@
 """A benchmark's result as a short text: what ran, where, the limits of the device, and a table."""
 
+from collections.abc import Iterator
 from typing import Any
 
 from runner.cli.table import table
 from runner.drawing.words import plural
 
 _RATES = ("gb_per_s", "share_of_bandwidth", "tflop_per_s", "share_of_matmul_rate")
+_ABOVE = (
+    "a share above 100 %: the device was busy while its limits were measured, or weights stay in a "
+    "cache, from which they are read faster"
+)
 _RATE_TITLES = ("GB/s>", "share>", "TFLOP/s>", "share>")
 
 
@@ -15,7 +20,20 @@ def describe(report: dict[str, Any]) -> str:
     lines = [_model(report), _environment(report)]
     if report["limits"]:
         lines.append(_limits(report))
-    return "\n".join([*lines, *body[report["benchmark"]](report)])
+    lines += body[report["benchmark"]](report)
+    if max(_shares(report["result"]), default=0.0) > 1:
+        lines += ["", _ABOVE]
+    return "\n".join(lines)
+
+
+def _shares(values: Any) -> Iterator[float]:
+    """Those of a limit of the device, wherever they are in a result."""
+    if isinstance(values, dict):
+        for key, value in values.items():
+            if key.startswith("share_of"):
+                yield value
+            else:
+                yield from _shares(value)
 
 
 def _model(report: dict[str, Any]) -> str:

@@ -53,6 +53,8 @@ def serve(
         ) from None
     if host == "":
         raise ConfigError("--host: it is empty; use 127.0.0.1, or 0.0.0.0 for every network")
+    if uds and (host or port is not None):
+        raise ConfigError("--uds: a server listens at a socket or at a port; leave one of them out")
     where = {"host": host, "port": port, "uds": uds and str(uds)}
     if given := {key: value for key, value in where.items() if value is not None}:
         server = job.config.server.model_copy(update={"uds": None} | given)

@@ -76,6 +76,9 @@ def test_latency(model: Path, tmp_path: Path) -> None:
     assert text[0].startswith("latency of LlamaForCausalLM, random weights: float32, eager, 1 rank")
     assert text[3].startswith("batch of 3, 5 tokens in, 4 out; last 2 of 2 rounds after 1 warm-up")
     assert [line.split("  ")[0] for line in text[6:8]] == ["prefill", "decode step"]
+    assert "a share above 100 %" not in describe(report)
+    step["share_of_bandwidth"] = 1.04
+    assert "a share above 100 %" in describe(report)
 
 
 @pytest.mark.full

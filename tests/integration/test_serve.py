@@ -480,5 +480,7 @@ def test_mistakes_are_found_before_there_are_ranks(model: Path) -> None:
     assert (done.returncode, "server.api_key_file: cannot read" in done.stderr) == (2, True)
     done = run_command(*given[:-1], "--host", "")
     assert (done.returncode, done.stderr.count("\n"), "--host" in done.stderr) == (2, 1, True)
+    done = run_command(*given[:-1], "--uds", "s", "--port", "0")
+    assert (done.returncode, done.stderr.count("\n"), "--uds" in done.stderr) == (2, 1, True)
     done = run_command(*given, "server.prot=1")
     assert (done.returncode, "port" in done.stderr) == (2, True)
