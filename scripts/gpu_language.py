@@ -130,6 +130,8 @@ def main(bundle: Path, which: str, output: Path, overrides: list[str]) -> None:
         step = found["decode_step"]
         results[f"decode {batch}"] = found
         figures[f"{prefix}decode {batch}, ms a step"] = step["ms"]["median"]
+        prefill = found["prefill"]["ms"]["median"]
+        figures[f"{prefix}prefill {batch} x {INPUT_LEN}, ms"] = prefill
         share = step["share_of_floor"]
         figures[f"{prefix}decode {batch}, share of the floor"] = share
         figures[f"{prefix}decode {batch}, times the floor"] = 1 / share
