@@ -4,6 +4,7 @@ It talks to the URL that it is given, and to no proxy.
 """
 
 import json
+import os
 import time
 from collections.abc import AsyncIterator, Mapping
 from functools import partial
@@ -181,4 +182,8 @@ def _kind(error: aiohttp.ClientError | TimeoutError) -> str:
 
 
 def _reason(error: Exception) -> str:
-    return str(error) or type(error).__name__
+    """Why there is no connection, in the system's words."""
+    if not isinstance(error, aiohttp.ClientConnectorError):
+        return str(error) or type(error).__name__
+    number = error.os_error.errno or 0
+    return os.strerror(number) if number > 0 else str(error.os_error.strerror or error.os_error)
