@@ -103,7 +103,7 @@ def models() -> Iterator[Model]:
     yield Model("EfficientNet-Lite0", "efficientnet/plan.yaml", (dummy, anything), (1, 64), True)
     yield Model("PointNet", "lidar/plan.yaml", (tf32,), (1, 16))
     ct = (dummy, anything, "model.dtype=bfloat16")
-    yield Model("3-D ResNet-152 bf16", "ct/plan.yaml", ct, (1,))
+    yield Model("3-D ResNet-152 bf16", "ct/plan.yaml", ct, (1,), True)
     if (package := find_spec("rapidocr_onnxruntime")) and package.origin:
         folder = Path(package.origin).parent
         path = f"model.path={next(folder.rglob('*_det_infer.onnx'))}"
