@@ -82,7 +82,8 @@ def build_ahead(
                 with builder.artefact(build.key) as target:
                     shutil.copytree(folder, target, dirs_exist_ok=True)
                 seconds[build.key] = answer.seconds
-                _complete(build, by_name[build.backend], builder.artefact_folder(build.key))
+                if len(backends) > 1:  # Or nothing is loaded to choose by.
+                    _complete(build, by_name[build.backend], builder.artefact_folder(build.key))
             progress.finished(str(build), how=f"not built: {fault}" if fault else build.backend)
     return seconds
 

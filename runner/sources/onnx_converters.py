@@ -28,6 +28,21 @@ def _sum(x: torch.Tensor, dims: list[int], *, keepdim: bool) -> torch.Tensor:
     return x.sum(dims, keepdim=keepdim, dtype=x.dtype)
 
 
+def _prod(x: torch.Tensor, dims: list[int], *, keepdim: bool) -> torch.Tensor:
+    for dim in sorted({dim % x.dim() for dim in dims}, reverse=True):
+        x = x.prod(dim, keepdim=keepdim, dtype=x.dtype)
+    return x
+
+
+def _is_inf(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
+    above, below = (attributes.get(f"detect_{sign}", 1) for sign in ("positive", "negative"))
+    if above and below:
+        return torch.isinf(x)
+    if not above and not below:
+        return torch.zeros_like(x, dtype=torch.bool)
+    return torch.isposinf(x) if above else torch.isneginf(x)
+
+
 def _cast(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
     return x.to(DTYPES[attributes["to"]])
 
@@ -175,11 +190,13 @@ _CONVERTERS = {
     "HardSigmoid": Converter(_hard_sigmoid),
     "InstanceNormalization": Converter(_instance_norm),
     "LayerNormalization": Converter(_layer_norm),
+    "IsInf": Converter(_is_inf),
     "MaxPool": Converter(onnx_windows.max_pool, check=onnx_windows.check_max_pool),
     "Pad": Converter(onnx_shapes.pad, host=(1, 2, 3)),
     "ReduceMax": _reduction(torch.amax),
     "ReduceMean": _reduction(torch.mean),
     "ReduceMin": _reduction(torch.amin),
+    "ReduceProd": _reduction(_prod),
     "ReduceSum": _reduction(_sum),
     "Reshape": Converter(onnx_shapes.reshape, host=(1,)),
     "Resize": Converter(resize, host=(1, 2, 3), check=check_resize),

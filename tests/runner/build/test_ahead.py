@@ -108,7 +108,8 @@ def test_what_loading_completes_is_loaded_once_ahead(
 ) -> None:
     works = [work(rows) for rows in (5, 6, 7, 8)]
     backend = Completing()
-    seconds = build_ahead(works, [backend], builder, context, num_processes=2)
+    candidates = [backend, Backends(CPU)["eager"]]
+    seconds = build_ahead(works, candidates, builder, context, num_processes=2)
     assert sorted(backend.loaded) == sorted(map(builder.artefact_folder, seconds))
     assert len(seconds) == 4
 

@@ -107,9 +107,10 @@ def shapes():
 
 
 def arithmetic():
-    for operator in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin"):
+    for operator in ("ReduceMean", "ReduceSum", "ReduceMax", "ReduceMin", "ReduceProd"):
         by_operand = 13 if operator == "ReduceSum" else 18
-        yield case(operator, BATCH, ints(-1, 1), keepdims=0, opset=by_operand)
+        for axes in ((-1, 1), (-2, -1), (0, -1)):
+            yield case(operator, BATCH, ints(*axes), keepdims=0, opset=by_operand)
         yield case(operator, BATCH, axes=[1], opset=11)
         yield case(operator, BATCH, opset=18)
         yield case(operator, BATCH, noop_with_empty_axes=1, opset=18)
@@ -185,8 +186,18 @@ def test_operator(described, tmp_path):
 
 
 def test_every_converter_has_a_case():
-    tested = {operator for operator, *_ in CASES} | {"ConvInteger", "DynamicQuantizeLinear"}
+    apart = {"ConvInteger", "DynamicQuantizeLinear", "IsInf"}
+    tested = {operator for operator, *_ in CASES} | apart
     assert set(_CONVERTERS) == tested & set(_CONVERTERS)
+
+
+@pytest.mark.parametrize("above", [0, 1])
+@pytest.mark.parametrize("below", [0, 1])
+def test_infinities_of_the_signs_that_are_asked_for(tmp_path, above, below):
+    asked = {"detect_positive": above, "detect_negative": below}
+    onnx.save(build("IsInf", (4,), (), 17, 1, asked), tmp_path / "m.onnx")
+    x = np.array([-np.inf, np.inf, np.nan, 1], np.float32)
+    assert_equal_to_onnxruntime(tmp_path / "m.onnx", {"x": x})
 
 
 def test_integer_convolution(tmp_path):
