@@ -20,9 +20,9 @@ from runner.compiler.backends import Backends
 from runner.engine.compiled_stage import CompiledStage
 from runner.engine.kv_capacity import check_weights_fit
 from runner.engine.loading import load_artefacts, make_runner, with_backends
-from runner.engine.rank import capture_decoding, fit_blocks
+from runner.engine.rank import capture_steps, fit_blocks
 from runner.engine.stage_runner import StageRunner
-from runner.models.attention_choice import DECODE_KERNEL
+from runner.models import attention_choice
 from runner.planning import DecoderJob
 
 
@@ -38,7 +38,7 @@ class DecoderRecipe:
 
     @property
     def kernels(self) -> Collection[str]:
-        return (DECODE_KERNEL, low_latency.KERNEL)
+        return (*attention_choice.KERNELS, low_latency.KERNEL)
 
     def works(self) -> list[Work]:
         job = self.job
@@ -82,7 +82,7 @@ class DecoderRecipe:
     def _capture(self, runner: StageRunner) -> None:
         """Launch what a start launches, in all its variants; on all ranks together."""
         runner.allocate(1, fit_blocks(self.job, runner))
-        capture_decoding(self.job, runner)
+        capture_steps(self.job, runner)
         runner.close()
 
     def _load(

@@ -1,9 +1,11 @@
 """From scheduled sequences to the flat tensors of one step, padded where it runs compiled."""
 
 from bisect import bisect_left
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from itertools import accumulate
+from typing import Literal
 
 import numpy as np
 import torch
@@ -13,6 +15,9 @@ from runner.engine.scheduler import Scheduled
 from runner.engine.upload import upload
 from runner.models.batch import Batch
 
+Captured = Literal["decode", "mixed"]
+"""Steps that are captured: those in which each sequence has one token, and others."""
+
 
 @dataclass(frozen=True)
 class Padding:
@@ -21,17 +26,27 @@ class Padding:
     Attributes:
         buckets: numbers of rows for which there are artefacts, ascending.
         scratch_block: the KV block that padding writes to and no sequence reads.
-        table_width: blocks of the longest sequence, for steps that are captured, whose sequences
-            are padded, too; None: no step is captured.
+        captured: for each kind of step the most rows of one that is captured, a bucket or 0; its
+            sequences are padded, too.
+        most_seqs: sequences of a captured step at most.
     """
 
     buckets: tuple[int, ...]
     scratch_block: int
-    table_width: int | None = None
+    captured: Mapping[Captured, int] = field(default_factory=dict)
+    most_seqs: int = 0
 
     def bucket(self, num_rows: int) -> int:
         """The smallest bucket that holds so many rows."""
         return self.buckets[bisect_left(self.buckets, num_rows)]
+
+    def sizes(self, kind: Captured) -> list[int]:
+        """Numbers of rows with which steps of a kind are captured, ascending."""
+        return [bucket for bucket in self.buckets if bucket <= self.captured.get(kind, 0)]
+
+    def num_seqs(self, kind: Captured, num_rows: int) -> int:
+        """Sequences of a captured step, and its samples."""
+        return num_rows if kind == "decode" else self.bucket(min(num_rows, self.most_seqs))
 
 
 @dataclass(frozen=True)
@@ -47,7 +62,7 @@ class StepInputs:
         query_lens, kv_lens: of the real sequences; see `Batch`.
         num_rows, num_seqs: with padding.
         num_samples: without padding.
-        is_decode: each sequence has one token, and the step is padded for a captured graph.
+        captured: which graph the step is padded for; None: for none.
     """
 
     longs: torch.Tensor
@@ -58,7 +73,7 @@ class StepInputs:
     num_rows: int
     num_seqs: int
     num_samples: int
-    is_decode: bool
+    captured: Captured | None
 
     def to(self, device: torch.device) -> Batch:
         """The step in fresh tensors on a device."""
@@ -76,7 +91,7 @@ class StepInputs:
         wanted = torch.zeros(padding.bucket(num_samples) if padding else num_samples).long()
         wanted[:num_samples] = torch.arange(num_samples)
         longs = torch.cat([self.longs[: 4 * self.num_rows], wanted])
-        return replace(self, longs=longs, num_samples=num_samples)
+        return replace(self, longs=longs, num_samples=num_samples, captured=None)
 
     def over(self, longs: torch.Tensor, ints: torch.Tensor, tables: torch.Tensor) -> Batch:
         """The step as views of tensors that hold, or will hold, its numbers."""
@@ -93,6 +108,7 @@ class StepInputs:
             query_lens=self.query_lens,
             kv_lens=self.kv_lens,
             logits_rows=longs[4 * n :],
+            is_mixed=self.captured == "mixed",
         )
 
 
@@ -103,13 +119,16 @@ def lay_out(
     num_tokens = sum(part.num_tokens for part in scheduled)
     num_samples = sum(part.samples for part in scheduled)
     num_rows, sample_rows, num_seqs = num_tokens, num_samples, len(scheduled)
-    is_decode, scratch_slot = False, 0
+    captured: Captured | None = None
+    scratch_slot = 0
     if padding:
         num_rows = padding.bucket(num_tokens)
         sample_rows = padding.bucket(num_samples) if num_samples else 0
-        is_decode = padding.table_width is not None and num_samples == num_tokens
-        num_seqs = num_rows if is_decode else num_seqs
         scratch_slot = padding.scratch_block * block_size
+        kind: Captured = "decode" if num_samples == num_tokens else "mixed"
+        if num_rows <= padding.captured.get(kind, 0):
+            captured = kind
+            num_seqs = sample_rows = padding.num_seqs(kind, num_rows)
     longs = np.zeros(4 * num_rows + sample_rows, dtype=np.int64)
     columns, samples = longs[: 4 * num_rows].reshape(4, num_rows), longs[4 * num_rows :]
     columns[3] = scratch_slot
@@ -117,8 +136,10 @@ def lay_out(
     query_lens = tuple(part.num_tokens for part in scheduled)
     kv_lens = tuple(part.start + part.num_tokens for part in scheduled)
     unused = num_seqs - len(scheduled)
-    # A sequence of padding has a row of its own and an empty cache.
-    offsets = [*accumulate(query_lens, initial=0), *range(num_tokens + 1, num_tokens + 1 + unused)]
+    # A sequence of padding has an empty cache, and a row of its own where each has one.
+    step = int(captured == "decode")
+    ends = [num_tokens + step * (1 + i) for i in range(unused)]
+    offsets = [*accumulate(query_lens, initial=0), *ends]
     return StepInputs(
         longs=torch.from_numpy(longs),
         ints=torch.from_numpy(np.array([*offsets, *kv_lens, *[0] * unused], dtype=np.int32)),
@@ -128,7 +149,7 @@ def lay_out(
         num_rows=num_rows,
         num_seqs=num_seqs,
         num_samples=num_samples,
-        is_decode=is_decode,
+        captured=captured,
     )
 
 

@@ -19,7 +19,7 @@ from runner.engine.loading import load_stage
 from runner.engine.scheduler import Output, Scheduler
 from runner.engine.stage_runner import StageRunner
 from runner.engine.step_profile import StepProfile
-from runner.engine.step_size import StepSizes
+from runner.engine.step_size import StepSizes, rows_worth_capturing
 from runner.engine.token_exchange import TokenExchange
 from runner.joining import annotation, as_rank, confine, join, spare_collector
 from runner.models.attention_choice import fit_block_size
@@ -146,10 +146,11 @@ def make_engine(job: DecoderJob, stage_runner: StageRunner, front: Front | None)
     stage_runner.allocate(num_blocks, block_size)
     if may_run_ahead(context):
         stage_runner.keep_latest(config.scheduler.max_num_seqs)
-    capture_decoding(job, stage_runner)
+    capture_steps(job, stage_runner)
     sizes = None
-    if stage_runner.buckets:
-        sizes = StepSizes.of(job.plan, stage_runner.buckets, context.device.type)
+    if padding := stage_runner.padding:
+        captured = padding.captured.get("mixed", 0)
+        sizes = StepSizes.of(job.plan, padding.buckets, context.device.type, captured=captured)
     scheduler = Scheduler(
         BlockPool(num_blocks, block_size),
         max_num_seqs=config.scheduler.max_num_seqs,
@@ -168,16 +169,21 @@ def fit_blocks(job: DecoderJob, stage_runner: StageRunner) -> int:
     return -minimum(-fitting, stage_runner.context.setup)
 
 
-def capture_decoding(job: DecoderJob, stage_runner: StageRunner) -> None:
-    """Make CUDA graphs of decode steps where they can be; all ranks together, after `allocate`."""
+def capture_steps(job: DecoderJob, stage_runner: StageRunner) -> None:
+    """Make CUDA graphs of decode steps, and of those with prompts for which the GPU would wait for
+    the host, where they can be; all ranks together, after `allocate`.
+    """
     config, is_on_gpu = job.config, stage_runner.context.device.type == "cuda"
     if not is_on_gpu or config.compile.enforce_eager or stage_runner.padding is None:
         return
     if stage_runner.can_capture():
-        longest = job.plan.max_model_len
-        stage_runner.capture(max_num_seqs=config.scheduler.max_num_seqs, max_model_len=longest)
+        stage_runner.capture(
+            max_num_seqs=config.scheduler.max_num_seqs,
+            max_model_len=job.plan.max_model_len,
+            mixed_rows=rows_worth_capturing(job.plan),
+        )
     else:
-        _LOG.warning("decode steps are no CUDA graphs, as their attention cannot be captured")
+        _LOG.warning("steps are no CUDA graphs, as their attention cannot be captured")
 
 
 def may_run_ahead(context: ParallelContext) -> bool:

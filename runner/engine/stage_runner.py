@@ -11,10 +11,10 @@ from parallel.collectives import all_reduce, minimum
 from parallel.context import ParallelContext
 from parallel.progress import Doing, ProgressBoard, ProgressWriter
 from parallel.transfer import CarryTransfer
-from runner.engine.batching import Padding, StepInputs, known_ids
-from runner.engine.cuda_graphs import DecodeGraphs
+from runner.engine.batching import Captured, Padding, StepInputs, known_ids
+from runner.engine.cuda_graphs import StepGraphs
 from runner.engine.sampler import choose_greedily
-from runner.models.attention_choice import is_capturable
+from runner.models.attention_choice import captures_prompts, is_capturable
 from runner.models.batch import Batch
 from runner.models.decoder import DecoderStage
 from runner.models.part import Execute
@@ -62,7 +62,7 @@ class StageRunner:
     latest: torch.Tensor | None = None
     progress: ProgressWriter = field(default_factory=lambda: ProgressBoard.alone().writer(0))
     busy: HostClock | StreamClock = field(init=False)
-    _graphs: DecodeGraphs | None = None
+    _graphs: StepGraphs | None = None
 
     def __post_init__(self) -> None:
         self.busy = clock_of(self.context.device)
@@ -96,29 +96,38 @@ class StageRunner:
         self.latest = torch.zeros(max_num_seqs, dtype=torch.int64, device=self.context.device)
 
     def can_capture(self) -> bool:
-        """Whether all ranks can capture decode steps, for they do so together or not at all. All
-        must call this together, after `allocate`.
+        """Whether all ranks can capture steps, for they do so together or not at all. All must call
+        this together, after `allocate`.
         """
         is_possible = is_capturable(self.stage.attend, self.block_size)
         return bool(minimum(is_possible, self.context.setup))
 
-    def capture(self, *, max_num_seqs: int, max_model_len: int) -> None:
-        """Record the decode steps of up to `max_num_seqs` sequences as CUDA graphs, the largest
-        first, so that the smaller ones fit into its memory.
+    def capture(self, *, max_num_seqs: int, max_model_len: int, mixed_rows: int) -> None:
+        """Record steps of up to `max_num_seqs` sequences as CUDA graphs, the largest first, so that
+        the smaller ones fit into its memory.
 
         All ranks must call this together, after `allocate`.
+
+        Args:
+            mixed_rows: of a step that holds prompts, at most, if these can be captured; 0: none.
         """
         assert self.padding is not None, "a captured step is padded"
+        most: dict[Captured, int] = {
+            "decode": self.padding.bucket(min(max_num_seqs, self.buckets[-1]))
+        }
+        if captures_prompts(self.stage.attend):
+            most["mixed"] = max((b for b in self.buckets if b <= mixed_rows), default=0)
+        padding = replace(self.padding, captured=most, most_seqs=max_num_seqs)
         width = -(-max_model_len // self.block_size)
-        graphs = DecodeGraphs(self.context.device, table_width=width)
-        slot = self.padding.scratch_block * self.block_size
-        largest = self.padding.bucket(min(max_num_seqs, self.buckets[-1]))
-        for num_seqs in sorted((b for b in self.buckets if b <= largest), reverse=True):
-            carry = next(iter(self.transfer.incoming(num_seqs)), None)
+        graphs = StepGraphs(self.context.device, table_width=width)
+        slot = padding.scratch_block * self.block_size
+        steps = [(num_rows, kind) for kind in most for num_rows in padding.sizes(kind)]
+        for num_rows, kind in sorted(steps, reverse=True):
+            carry = next(iter(self.transfer.incoming(num_rows)), None)
+            num_seqs = padding.num_seqs(kind, num_rows)
             forward = partial(self._forward, carry=carry)
-            graphs.capture(num_seqs, forward, slot=slot, longest=max_model_len)
-        self.padding = Padding(self.buckets, self.padding.scratch_block, width)
-        self._graphs = graphs
+            graphs.capture(kind, num_rows, num_seqs, forward, slot=slot, longest=max_model_len)
+        self.padding, self._graphs = padding, graphs
 
     def close(self) -> None:
         """Let go of what was captured: NCCL waits for it before it closes a communicator."""
@@ -138,7 +147,7 @@ class StageRunner:
         self.progress.enter(Doing.COMPUTING)
         name = "stage", (self.context.coordinate.stage,)
         with self.context.annotate(*name), self.busy.running():
-            if self._graphs and inputs.is_decode and inputs.num_seqs in self._graphs:
+            if self._graphs and inputs.captured:
                 # It writes where the carry of the step before lies.
                 self.transfer.drain()
                 outputs = self._graphs.run(inputs)

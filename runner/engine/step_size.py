@@ -1,4 +1,6 @@
-"""Whether a step is cut, where steps are padded to one of the numbers of rows compiled for."""
+"""What a step takes, roughly: whether one with prompts is captured, and whether one is cut, where
+steps are padded to one of the numbers of rows compiled for.
+"""
 
 from bisect import bisect_left
 from dataclasses import dataclass
@@ -12,8 +14,14 @@ _FLAT = 256
 _WORTH = 0.75
 """Several steps must take at most so much of the time of one, which is only estimated."""
 
-_LAYER_S = 2e-4
-"""What the host takes for a layer of a step that is run call by call, at most."""
+_LAYER_S = 5e-4
+"""What the host takes for a layer of a step that is run call by call."""
+
+_STEP_S = 1e-3
+"""What it takes for any step, while the device waits."""
+
+_MOST_CAPTURED = 1024
+"""Rows from which on attention by cuDNN, which no graph holds, is worth more than a graph."""
 
 _FLOP_PER_S = {"cuda": 1e15, "cpu": 1e12}
 """What devices reach in half precision, roughly; to cut steps pays more on one that is slower."""
@@ -26,18 +34,22 @@ class StepSizes:
     Attributes:
         buckets: numbers of rows, ascending.
         overhead: so many rows take as long as what each step costs beside its rows.
+        calls: so many take as long as the host does to call a step layer by layer.
+        captured: rows of a step that is a CUDA graph, and not called so, at most.
     """
 
     buckets: tuple[int, ...]
     overhead: float = 0.0
+    calls: float = 0.0
+    captured: int = 0
 
     @classmethod
-    def of(cls, plan: DecoderPlan, buckets: tuple[int, ...], device_type: str) -> "StepSizes":
+    def of(
+        cls, plan: DecoderPlan, buckets: tuple[int, ...], device_type: str, *, captured: int = 0
+    ) -> "StepSizes":
         """By what the largest rank computes; equal on all ranks."""
-        num_weights = max(r.weight_bytes for r in plan.ranks) / DTYPE_BYTES[plan.dtype]
-        num_layers = max(stop - start for start, stop in (stage.layers for stage in plan.stages))
-        row_s = 2 * num_weights / _FLOP_PER_S[device_type]
-        return cls(buckets, num_layers * _LAYER_S / row_s)
+        row_s = _row_s(plan, device_type)
+        return cls(buckets, _STEP_S / row_s, _calls_s(plan) / row_s, captured)
 
     def cut(self, num_tokens: int, num_decoding: int) -> int | None:
         """The most tokens of the next step, where several smaller steps are estimated to take three
@@ -61,4 +73,23 @@ class StepSizes:
 
     def _cost(self, num_rows: int) -> float:
         """Of a step, in rows."""
-        return max(num_rows, _FLAT) + self.overhead
+        calls = 0.0 if num_rows <= self.captured else self.calls
+        return max(num_rows, _FLAT, calls) + self.overhead
+
+
+def rows_worth_capturing(plan: DecoderPlan) -> int:
+    """Up to how many rows a GPU waits for the host in a step that is run call by call; equal on all
+    ranks.
+    """
+    return min(int(_calls_s(plan) / _row_s(plan, "cuda")), _MOST_CAPTURED)
+
+
+def _row_s(plan: DecoderPlan, device_type: str) -> float:
+    """Seconds that the largest rank computes for a row."""
+    num_weights = max(r.weight_bytes for r in plan.ranks) / DTYPE_BYTES[plan.dtype]
+    return 2 * num_weights / _FLOP_PER_S[device_type]
+
+
+def _calls_s(plan: DecoderPlan) -> float:
+    """Seconds that the host takes to call the most layers of a stage."""
+    return _LAYER_S * max(stop - start for start, stop in (stage.layers for stage in plan.stages))

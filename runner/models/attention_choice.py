@@ -6,7 +6,7 @@ Not here: the attentions themselves (`attention`, `varlen_attention`, `triton_at
 import logging
 from dataclasses import replace
 from itertools import takewhile
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 
@@ -20,8 +20,8 @@ from runner.models.batch import Batch
 Decode = Literal["triton", "varlen"]
 """What decodes on a GPU."""
 
-DECODE_KERNEL = "decode_kernel"
-"""The function that Triton compiles for it."""
+KERNELS = ("decode_kernel", "chunk_kernel")
+"""The functions that Triton compiles for it, and for mixed steps."""
 
 _log = logging.getLogger(__name__)
 
@@ -29,12 +29,18 @@ _log = logging.getLogger(__name__)
 class StepAttention:
     """One attention for tokens that come alone, another for those that come in chunks.
 
-    The scheduler puts decoding sequences first, so a mixed step is cut in two. A step in which
+    The scheduler puts decoding sequences first, so a step of both is cut in two. A step in which
     every sequence has one token goes to `decode` whole, with its padding.
+
+    Attributes:
+        mixed: takes a captured step of both whole; None: it cannot be captured.
     """
 
-    def __init__(self, decode: Attention, chunks: Attention) -> None:
+    def __init__(
+        self, decode: Attention, chunks: Attention, mixed: Attention | None = None
+    ) -> None:
         self.decode = decode
+        self.mixed = mixed
         self._chunks = chunks
         self._last: tuple[Batch, Batch, Batch] | None = None
 
@@ -50,6 +56,9 @@ class StepAttention:
         window: int | None,
     ) -> torch.Tensor:
         """See `runner.models.attention.Attention`."""
+        if batch.is_mixed:
+            assert self.mixed is not None, "no other step is captured"
+            return self.mixed(q, k, v, cache, batch, scale=scale, window=window)
         alone = sum(1 for _ in takewhile(lambda query_len: query_len == 1, batch.query_lens))
         if alone in (0, len(batch.query_lens)):
             attend = self.decode if alone else self._chunks
@@ -100,8 +109,8 @@ def make_attention(
     """The attention of one rank.
 
     On the CPU, `GatherAttention`. On a GPU, decoding runs in Triton and chunks of prompts in
-    torch's FlashAttention; where that does not take the dtype or head size, `GatherAttention` does
-    it. Without Triton, what takes chunks decodes, too.
+    torch's FlashAttention, or in a captured step in Triton; where FlashAttention does not take the
+    dtype or head size, `GatherAttention` does it. Without Triton, what takes chunks decodes, too.
 
     Args:
         block_size: tokens of a KV block, where Triton decodes.
@@ -119,12 +128,13 @@ def make_attention(
         _log.info("prompts: SDPA, as FlashAttention does not take %s x %d", dtype, head_dim)
     if decode == "varlen":
         return StepAttention(chunks, chunks)
-    from runner.models.triton_attention import TritonDecodeAttention
+    from runner.models.triton_attention import TritonDecodeAttention, TritonMixedAttention
 
-    kernel = TritonDecodeAttention(
-        heads, device, dtype=dtype, block_size=block_size, head_dim=head_dim
-    )
-    return StepAttention(kernel, chunks)
+    sizes: dict[str, Any] = {"dtype": dtype, "block_size": block_size, "head_dim": head_dim}
+    kernel = TritonDecodeAttention(heads, device, **sizes)
+    if chunks is gather:
+        return StepAttention(kernel, chunks)
+    return StepAttention(kernel, chunks, TritonMixedAttention(kernel, heads, **sizes))
 
 
 def fit_block_size(attend: Attention, block_size: int) -> int:
@@ -145,6 +155,11 @@ def is_capturable(attend: Attention, block_size: int) -> bool:
     if isinstance(decode, VarlenAttention):
         return decode.reads_pages(block_size)
     return not isinstance(decode, GatherAttention)
+
+
+def captures_prompts(attend: Attention) -> bool:
+    """Whether a step with prompts in it can be a CUDA graph; the same on all ranks."""
+    return isinstance(attend, StepAttention) and attend.mixed is not None
 
 
 def _decoder(attend: Attention) -> Attention:

@@ -14,15 +14,20 @@ BLOCK_N tokens, found through the block table. The query heads that read the KV 
 one matrix product. How many splits a sequence has depends on its length on the device, so that one
 launch, and one CUDA graph, serves all lengths: what a sequence does not need ends at once, and the
 last of its splits to finish joins them.
+
+Of a mixed step, only the sequences of one token that come first are taken, whose rows are their
+places. How many they are is read on the device, too, and with it how many splits each may have.
 """
 
 import triton
 import triton.language as tl
 
+from runner.models.attention_tile import take_in
+
 
 @triton.jit(
-    do_not_specialize=["num_seqs", "table_stride", "window"],
-    do_not_specialize_on_alignment=["slots", "block_tables", "kv_lengths"],
+    do_not_specialize=["num_seqs", "spread", "table_stride", "window"],
+    do_not_specialize_on_alignment=["slots", "block_tables", "query_offsets", "kv_lengths"],
 )
 def decode_kernel(
     q,  # (num_tokens, num_query, HEAD_DIM)
@@ -36,9 +41,11 @@ def decode_kernel(
     finished,  # (num_tokens * NUM_KV,) int32: splits that are done; zero before and after
     slots,  # (num_tokens,) int64
     block_tables,  # (num_seqs, max_blocks) int32
+    query_offsets,  # (num_seqs + 1,) int32; see IS_MIXED
     kv_lengths,  # (num_seqs,) int32
     groups,  # (NUM_KV, GROUP) int32: query heads of a KV head, then -1
     num_seqs,
+    spread,  # of a mixed step: over how many programs few sequences are spread, for each KV head
     table_stride,
     window,  # tokens that a token sees, itself included
     scale,  # factor on the scores, times log2(e)
@@ -60,11 +67,25 @@ def decode_kernel(
     LARGEST_GROUP: tl.constexpr,  # of these, in use at most
     ONE_SPLIT: tl.constexpr,  # tiles of a sequence that is not split
     MAX_SPLITS: tl.constexpr,
+    IS_MIXED: tl.constexpr,
+    BLOCK_S: tl.constexpr,  # of a mixed step: num_seqs up to a power of two
 ):
     kv_head = tl.program_id(0)
-    split = tl.program_id(1)
-    row = tl.program_id(2).to(tl.int64)
-    num_splits = tl.num_programs(1)
+    if IS_MIXED:
+        indices = tl.arange(0, BLOCK_S)
+        in_step = indices < num_seqs
+        ends = tl.load(query_offsets + 1 + indices, mask=in_step, other=0)
+        lengths = tl.load(kv_lengths + indices, mask=in_step, other=0)
+        num_alone = tl.sum(((ends == indices + 1) & (lengths > 0)).to(tl.int32), axis=0)
+        num_splits = tl.minimum(tl.maximum(spread // tl.maximum(num_alone, 1), 1), MAX_SPLITS)
+        split = tl.program_id(1) % num_splits
+        row = (tl.program_id(1) // num_splits).to(tl.int64)
+        if row >= num_alone:
+            return
+    else:
+        split = tl.program_id(1)
+        row = tl.program_id(2).to(tl.int64)
+        num_splits = tl.num_programs(1)
 
     # What needs no length is on its way before the length is known.
     kv_length = tl.load(kv_lengths + row, mask=row < num_seqs, other=0)
@@ -119,15 +140,9 @@ def decode_kernel(
         to_load = is_seen[:, None] & in_head[None, :]
         tile_k = tl.load(keys + where, mask=to_load, other=0.0)
         tile_v = tl.load(values + where, mask=to_load, other=0.0)
-        scores = tl.dot(queries, tl.trans(tile_k), input_precision="ieee") * scale
-        scores = tl.where(is_seen[None, :], scores, float("-inf"))
-        new_highest = tl.maximum(highest, tl.max(scores, axis=1))
-        decay = tl.exp2(highest - new_highest)
-        weights = tl.exp2(scores - new_highest[:, None])
-        total = total * decay + tl.sum(weights, axis=1)
-        mixed = mixed * decay[:, None]
-        mixed += tl.dot(weights.to(tile_v.dtype), tile_v, input_precision="ieee")
-        highest = new_highest
+        highest, total, mixed = take_in(
+            queries, tile_k, tile_v, is_seen[None, :], scale, highest, total, mixed
+        )
     mixed = mixed / total[:, None]
     if used_splits == 1:
         tl.store(to_heads, mixed.to(out.dtype.element_ty), mask=in_group)

@@ -1,8 +1,10 @@
 """The whole way on one GPU: eager and compiled, captured and call by call, the same tokens."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pytest
 import rank_jobs
@@ -16,8 +18,9 @@ from parallel.topology import Topology
 from runner.build.compile import Destination, compile_on_rank
 from runner.bundled import open_job
 from runner.compiler.counter import count_compilations
+from runner.engine.batching import StepInputs
 from runner.engine.loading import load_stage
-from runner.engine.rank import make_engine
+from runner.engine.rank import loop, make_engine
 from runner.text.tokenizer import Tokenizer
 
 pytestmark = [pytest.mark.gpu, pytest.mark.timeout(300)]
@@ -137,6 +140,38 @@ def test_products_in_tf32_are_refused_where_nobody_allows_them(
     outcome = compile_on_rank(job, RankEnv(0, 1), Destination(tmp_path / "bundle"))
     assert not outcome.parity.passed
     assert "set compile.allow_tf32 to true" in outcome.parity.line()
+
+
+@pytest.mark.parametrize("name", ["llama", "gemma3", "phi3"])
+def test_captured_steps_with_prompts_give_what_calls_give(
+    name: str, checkpoint: Callable[[str], Path]
+) -> None:
+    """Each step twice: by its graph, then call by call on the cache as it was before."""
+    settings = SIZES | {"parallel.device": "cuda", "model.dtype": "float16"}
+    job = rank_jobs.prepare(str(checkpoint(name)), [1], settings)
+    prompts = [[3 + (7 * i + n) % 120 for i in range(n)] for n in (70, 5, 1, 33, 40, 2)]
+    front = rank_jobs.ListFront(rank_jobs.requests_of(job, prompts, 6, GREEDY))
+    engine = make_engine(job, load_stage(job, open_context("cuda")), front)
+    runner, kinds = engine.stage_runner, []
+    assert runner._graphs is not None
+    replay = runner._graphs.run
+
+    def both(inputs: StepInputs) -> tuple[torch.Tensor, ...]:
+        before = {index: cache.clone() for index, cache in runner.caches.items()}
+        outputs = tuple(output.clone() for output in replay(inputs))
+        for index, cache in before.items():
+            runner.caches[index].copy_(cache)
+        called = runner._forward(replace(inputs, captured=None).to(runner.context.device), None)
+        rows = slice(inputs.num_samples)
+        size = float(called[0].abs().max())
+        torch.testing.assert_close(outputs[0][rows], called[0][rows], rtol=0, atol=1e-2 * size)
+        kinds.append(inputs.captured)
+        return outputs
+
+    with patch.object(runner._graphs, "run", both):
+        loop(engine, front)
+    assert set(kinds) == {"decode", "mixed"}
+    assert all(len(ids) == 6 for ids in front.token_ids.values())
 
 
 def test_captured_steps_allocate_nothing(checkpoint: Callable[[str], Path]) -> None:

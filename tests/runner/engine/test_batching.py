@@ -108,7 +108,7 @@ def test_rows_and_samples_are_padded_and_padding_writes_where_no_sequence_reads(
     parts = [*mixed(), Scheduled.of(sequence([40, 41], computed=1, blocks=[6]), 1)]
     inputs = lay_out(parts, 4, Padding(BUCKETS, SCRATCH))
     assert (inputs.num_rows, inputs.num_seqs, inputs.num_samples) == (8, 3, 3)
-    assert not inputs.is_decode
+    assert inputs.captured is None
     padded, plain = inputs.to(CPU), lay_out(parts, 4).to(CPU)
     for name in ("token_ids", "positions", "rope_variants"):
         assert getattr(padded, name).tolist() == [*getattr(plain, name).tolist(), 0, 0, 0]
@@ -138,8 +138,8 @@ def test_a_chunk_that_samples_nothing_has_no_samples_to_pad() -> None:
 
 
 def test_a_decode_step_for_a_captured_graph_is_padded_with_empty_sequences() -> None:
-    inputs = lay_out(decoding(3), 4, Padding(BUCKETS, SCRATCH, table_width=5))
-    assert inputs.is_decode
+    inputs = lay_out(decoding(3), 4, Padding(BUCKETS, SCRATCH, {"decode": 4}, 3))
+    assert inputs.captured == "decode"
     assert (inputs.num_rows, inputs.num_seqs, inputs.num_samples) == (4, 4, 3)
     assert inputs.ints.tolist() == [0, 1, 2, 3, 4, 3, 3, 3, 0]
     assert len(inputs.query_lens) == 3
@@ -149,13 +149,37 @@ def test_a_decode_step_for_a_captured_graph_is_padded_with_empty_sequences() -> 
 
 
 def test_a_prompt_makes_a_step_that_no_graph_was_captured_of() -> None:
-    padding = Padding(BUCKETS, SCRATCH, table_width=5)
+    padding = Padding(BUCKETS, SCRATCH, {"decode": 4}, 4)
     inputs = lay_out(mixed(), 4, padding)
-    assert (inputs.is_decode, inputs.num_seqs) == (False, 2)
+    assert (inputs.captured, inputs.num_seqs) == (None, 2)
     # A prompt of one token is no different from a decoded one.
     single = [Scheduled.of(sequence([9], computed=0, blocks=[3]), 1)]
-    assert lay_out(single, 4, padding).is_decode
-    assert not lay_out(single, 4, Padding(BUCKETS, SCRATCH)).is_decode
+    assert lay_out(single, 4, padding).captured == "decode"
+    assert lay_out(single, 4, Padding(BUCKETS, SCRATCH)).captured is None
+
+
+def test_a_mixed_step_for_a_captured_graph_has_as_many_sequences_and_samples_as_there_may_be() -> (
+    None
+):
+    padding = Padding(BUCKETS, SCRATCH, {"decode": 4, "mixed": 8}, 3)
+    chunk = Scheduled.of(sequence([1, 2, 3, 4], computed=1, blocks=[0]), 2)
+    inputs = lay_out([*mixed(), chunk], 4, padding)
+    assert inputs.captured == "mixed"
+    assert (inputs.num_rows, inputs.num_seqs, inputs.num_samples) == (8, 4, 2)
+    # Three are real; the fourth has no rows and an empty cache.
+    assert inputs.ints.tolist() == [0, 1, 4, 6, 6, 6, 3, 3, 0]
+    assert inputs.longs[32:].tolist() == [0, 3, 0, 0]
+    assert inputs.to(CPU).is_mixed
+    assert not lay_out(decoding(3), 4, padding).to(CPU).is_mixed
+    nothing_chosen = lay_out([chunk], 4, padding)
+    assert (nothing_chosen.num_samples, len(nothing_chosen.longs)) == (0, 4 * 4 + 4)
+
+
+def test_steps_are_captured_in_all_sizes_up_to_the_largest() -> None:
+    padding = Padding(BUCKETS, SCRATCH, {"decode": 4, "mixed": 8}, 3)
+    assert (padding.sizes("decode"), padding.sizes("mixed")) == ([1, 4], [1, 4, 8])
+    assert [padding.num_seqs("mixed", num_rows) for num_rows in BUCKETS] == [1, 4, 4]
+    assert not Padding(BUCKETS, SCRATCH).sizes("mixed")
 
 
 @pytest.mark.parametrize(("padding", "padded"), [(None, 0), (Padding(BUCKETS, SCRATCH), 3)])

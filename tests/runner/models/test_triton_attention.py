@@ -9,17 +9,19 @@ import os
 import subprocess
 import sys
 from collections.abc import Sequence as Seq
+from copy import copy
 from dataclasses import replace
 from itertools import accumulate
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.testing import assert_close
 
 from parallel.slicing import HeadShare, split_heads
 from runner.models.attention import Attention, GatherAttention
-from runner.models.attention_choice import DECODE_KERNEL, StepAttention, make_attention
+from runner.models.attention_choice import KERNELS, StepAttention, captures_prompts, make_attention
 from runner.models.batch import Batch
 
 HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -72,7 +74,7 @@ class Step:
             for place in range(length - queries, length)
         ]
         slots += [0] * padding
-        width = width or max(counts)
+        width = width or max(counts, default=0)
 
         def random(*shape: int) -> torch.Tensor:
             return torch.randn(shape, generator=generator).to(dtype)
@@ -90,19 +92,20 @@ class Step:
             slots=torch.tensor(slots),
             block_tables=torch.tensor(
                 [table + [0] * (width - len(table)) for table in tables], dtype=torch.int32
-            ),
+            ).view(len(tables), width),
             query_offsets=torch.tensor(list(accumulate(query_lens, initial=0))).int(),
             kv_lengths=torch.tensor(kv_lens, dtype=torch.int32),
             query_lens=tuple(query_lens),
             kv_lens=tuple(kv_lens),
             logits_rows=unused[:0],
         )
+        self.known = self.batch
 
     def expected(self, window: int | None = None) -> tuple[torch.Tensor, torch.Tensor]:
         """Output and cache of `GatherAttention` in float32."""
         q, k, v, cache = (x.float() for x in (self.q, self.k, self.v, self.cache))
         attend = GatherAttention(self.heads, CPU)
-        return attend(q, k, v, cache, self.batch, scale=SCALE, window=window), cache
+        return attend(q, k, v, cache, self.known, scale=SCALE, window=window), cache
 
     def on_device(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor, Batch]:
         """q, k, v, cache and batch; q, k and v as parts of one tensor, as a merged projection
@@ -112,6 +115,24 @@ class Step:
         qkv = torch.cat([self.q, self.k, self.v], dim=1).to(DEVICE)
         q, k, v = torch.split(qkv, sizes, dim=1)
         return q, k, v, self.cache.to(DEVICE), to_device(self.batch)
+
+    def unknown_to_the_host(self, num_seqs: int) -> "Step":
+        """The same step as a captured one has it, filled up with empty sequences."""
+        batch = self.batch
+        missing = num_seqs - len(batch.kv_lengths)
+        offsets = F.pad(batch.query_offsets, (0, missing), value=int(batch.query_offsets[-1]))
+        other = copy(self)
+        other.known = batch
+        other.batch = replace(
+            batch,
+            block_tables=F.pad(batch.block_tables, (0, 0, 0, missing)),
+            query_offsets=offsets,
+            kv_lengths=F.pad(batch.kv_lengths, (0, missing)),
+            query_lens=(),
+            kv_lens=(1 << 20,) * num_seqs,
+            is_mixed=True,
+        )
+        return other
 
     def check(self, attend: Attention, window: int | None = None) -> None:
         q, k, v, cache, batch = self.on_device()
@@ -141,6 +162,19 @@ def decode_attention(step: Step, **tuning: int) -> Any:
         block_size=step.cache.shape[2],
         head_dim=step.q.shape[2],
         tuning=DecodeTuning(**tuning),
+    )
+
+
+def mixed_attention(step: Step, *, decode: dict[str, int] | None = None, **tuning: int) -> Any:
+    from runner.models.triton_attention import ChunkTuning, TritonMixedAttention
+
+    return TritonMixedAttention(
+        decode_attention(step, **decode or {}),
+        step.heads,
+        dtype=step.q.dtype,
+        block_size=step.cache.shape[2],
+        head_dim=step.q.shape[2],
+        tuning=ChunkTuning(**tuning),
     )
 
 
@@ -220,6 +254,57 @@ def test_kernel_serves_the_decoding_part_of_a_mixed_step() -> None:
     Step(heads, [5, 2], [5, 9], padding=1).check(attend)
 
 
+MIXED = {
+    "prompts": ([5, 40, 19], [5, 40, 19]),
+    "chunks": ([7, 21], [90, 33]),
+    "beside-decoding": ([1, 1, 17, 1, 4, 1], [83, 1, 60, 9, 4, 1]),
+    "decoding": ([1, 1, 1], [40, 3, 200]),
+    "one-of-many-tokens": ([33], [150]),
+    "nothing": ([], []),
+}
+
+
+def check_mixed(step: Step, window: int | None) -> None:
+    """With splits and tiles so small that there are several of each."""
+    step = step.unknown_to_the_host(8)
+    small = {"tile_bytes": 16 * 16 * step.q.dtype.itemsize}
+    decode = {**small, "one_split_tiles": 1, "programs_per_processor": 4}
+    attend = mixed_attention(step, decode=decode, product_rows=32, **small)
+    # Twice: the first call leaves the counters of finished splits as it found them.
+    step.check(attend, window)
+    step.check(attend, window)
+    assert not attend._decode._finished.any()
+
+
+@kernel
+@pytest.mark.parametrize("window", [None, 1, 18])
+@pytest.mark.parametrize(("query_lens", "kv_lens"), MIXED.values(), ids=MIXED)
+def test_kernels_take_a_step_whose_lengths_only_the_device_knows(
+    query_lens: list[int], kv_lens: list[int], window: int | None
+) -> None:
+    check_mixed(Step(HEADS["grouped"], query_lens, kv_lens, padding=5, width=60), window)
+
+
+@kernel
+@pytest.mark.parametrize("dtype", KERNEL_FLOATS, ids=str)
+@pytest.mark.parametrize("heads", HEADS.values(), ids=HEADS)
+def test_kernels_take_a_mixed_step_with_any_heads(heads: HeadShare, dtype: torch.dtype) -> None:
+    check_mixed(Step(heads, *MIXED["beside-decoding"], padding=5, width=60, dtype=dtype), 18)
+
+
+@kernel
+@pytest.mark.parametrize(("block_size", "head_dim"), [(1, 16), (16, 80), (256, 64)])
+def test_kernel_takes_chunks_with_blocks_and_heads_of_any_size(
+    block_size: int, head_dim: int
+) -> None:
+    sizes: dict[str, Any] = {"block_size": block_size, "head_dim": head_dim}
+    step = Step(HEADS["grouped"], [1, 70, 9], [300, 270, 9], dtype=torch.float16, **sizes)
+    # As many sequences as there may be, and one more than there are.
+    for num_seqs in (3, 4):
+        unknown = step.unknown_to_the_host(num_seqs)
+        unknown.check(mixed_attention(unknown), 128)
+
+
 @pytest.mark.parametrize("padding", [0, 3])
 def test_the_cpu_gathers(padding: int) -> None:
     attend = make_attention(
@@ -285,42 +370,70 @@ class TestOnGpu:
             Step(heads, [1] * 4, kv_lens, width=width, seed=seed, **sizes)
             for seed, kv_lens in enumerate(lengths)
         ]
-        largest = max(steps, key=lambda step: step.cache.shape[1])
-        q, k, v, _, batch = largest.on_device()
-        cache = largest.cache.to(DEVICE)
-        batch = replace(batch, kv_lens=(2048,) * 4)
+        check_replays(attend, steps, window)
 
-        def run() -> torch.Tensor:
-            return attend(q, k, v, cache, batch, scale=SCALE, window=window)
+    @pytest.mark.parametrize("window", [None, 100])
+    def test_a_graph_follows_which_rows_are_whose(self, window: int | None) -> None:
+        """One graph of 256 rows and 8 sequences for prompts, chunks, decoding, and all of them."""
+        heads = split_heads(32, 8, 1)[0]
+        sizes: dict[str, Any] = {"block_size": 16, "head_dim": 128, "dtype": torch.bfloat16}
+        attend = make_attention(heads, DEVICE, **sizes)
+        assert captures_prompts(attend)
+        lengths = [
+            ([128], [128]),
+            ([1, 1, 200, 1], [900, 3, 1500, 1]),
+            ([1] * 8, [2000, 1, 64, 65, 5, 300, 301, 17]),
+            ([100, 156], [100, 2000]),
+            ([7] * 8, [7] * 8),
+        ]
+        steps = [
+            Step(heads, *both, padding=256 - sum(both[0]), width=128, seed=seed, **sizes)
+            for seed, both in enumerate(lengths)
+        ]
+        steps = [step.unknown_to_the_host(8) for step in steps]
+        check_replays(attend, steps, window)
 
-        stream = torch.cuda.Stream()
-        with torch.cuda.stream(stream):
-            run()
-        torch.cuda.synchronize()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            output = run()
-        for step in [*steps, *steps]:
-            new_q, new_k, new_v, new_cache, new = step.on_device()
-            for old, fresh in [
-                (q, new_q),
-                (k, new_k),
-                (v, new_v),
-                (cache[:, : new_cache.shape[1]], new_cache),
-                (batch.slots, new.slots),
-                (batch.block_tables, new.block_tables),
-                (batch.kv_lengths, new.kv_lengths),
-            ]:
-                old.copy_(fresh)
-            graph.replay()
-            expected, expected_cache = step.expected(window)
-            assert_close(output.cpu().float(), expected, rtol=2e-2, atol=2e-2)
-            written = cache[:, 1 : new_cache.shape[1]].cpu().float()
-            assert torch.equal(written, expected_cache[:, 1:])
+
+def check_replays(attend: Attention, steps: Seq[Step], window: int | None) -> None:
+    """One graph is replayed after its inputs and the cache have changed in place."""
+    largest = max(steps, key=lambda step: step.cache.shape[1])
+    q, k, v, _, batch = largest.on_device()
+    cache = largest.cache.to(DEVICE)
+    batch = replace(batch, kv_lens=(2048,) * len(batch.kv_lens))
+
+    def run() -> torch.Tensor:
+        return attend(q, k, v, cache, batch, scale=SCALE, window=window)
+
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        run()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        output = run()
+    for step in [*steps, *steps]:
+        new_q, new_k, new_v, new_cache, new = step.on_device()
+        for old, fresh in [
+            (q, new_q),
+            (k, new_k),
+            (v, new_v),
+            (cache[:, : new_cache.shape[1]], new_cache),
+            (batch.slots, new.slots),
+            (batch.block_tables, new.block_tables),
+            (batch.query_offsets, new.query_offsets),
+            (batch.kv_lengths, new.kv_lengths),
+        ]:
+            old.copy_(fresh)
+        graph.replay()
+        expected, expected_cache = step.expected(window)
+        assert_close(output.cpu().float(), expected, rtol=2e-2, atol=2e-2)
+        written = cache[:, 1 : new_cache.shape[1]].cpu().float()
+        assert torch.equal(written, expected_cache[:, 1:])
 
 
 @pytest.mark.skipif(not HAS_TRITON, reason="Triton is not installed")
-def test_bundles_keep_the_kernel_by_its_name() -> None:
+def test_bundles_keep_the_kernels_by_their_names() -> None:
+    from runner.models.chunk_kernel import chunk_kernel
     from runner.models.decode_kernel import decode_kernel
 
-    assert decode_kernel.fn.__name__ == DECODE_KERNEL
+    assert tuple(kernel.fn.__name__ for kernel in (decode_kernel, chunk_kernel)) == KERNELS
