@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from parallel.decoder_plan import DecoderPlan
 from parallel.plan import DTYPE_BYTES
 
-_FLAT = 256
-"""Rows up to which a step takes about as long as one of a single row, for it reads all weights."""
+_READ = 150
+"""So many rows take as long to compute as what a step does beside them: it reads all weights."""
 
-_WORTH = 0.75
+_WORTH = 0.85
 """Several steps must take at most so much of the time of one, which is only estimated."""
 
 _LAYER_S = 5e-4
@@ -23,7 +23,7 @@ _STEP_S = 1e-3
 _MOST_CAPTURED = 1024
 """Rows from which on attention by cuDNN, which no graph holds, is worth more than a graph."""
 
-_FLOP_PER_S = {"cuda": 1e15, "cpu": 1e12}
+_FLOP_PER_S = {"cuda": 7e14, "cpu": 1e12}
 """What devices reach in half precision, roughly; to cut steps pays more on one that is slower."""
 
 
@@ -52,8 +52,8 @@ class StepSizes:
         return cls(buckets, _STEP_S / row_s, _calls_s(plan) / row_s, captured)
 
     def cut(self, num_tokens: int, num_decoding: int) -> int | None:
-        """The most tokens of the next step, where several smaller steps are estimated to take three
-        quarters of the time of one, or less; None: they do not.
+        """The most tokens of the next step, where several smaller steps are estimated to take less
+        time than one, by `_WORTH`; None: they do not.
 
         Args:
             num_tokens: that wait; where they are more than the largest bucket, that is full.
@@ -74,7 +74,7 @@ class StepSizes:
     def _cost(self, num_rows: int) -> float:
         """Of a step, in rows."""
         calls = 0.0 if num_rows <= self.captured else self.calls
-        return max(num_rows, _FLAT, calls) + self.overhead
+        return max(num_rows + _READ, calls) + self.overhead
 
 
 def rows_worth_capturing(plan: DecoderPlan) -> int:

@@ -1,12 +1,14 @@
 # mypy: disallow-untyped-defs=False, disallow-untyped-decorators=False
-"""The step that the Triton kernels of attention have in common: a softmax that goes on over a tile
-of keys.
+"""What the Triton kernels of attention have in common.
 
 Imported only where Triton is installed.
 """
 
 import triton
 import triton.language as tl
+
+SEQUENCES = tl.constexpr(512)
+"""Whose offsets are looked at together."""
 
 
 @triton.jit
@@ -20,7 +22,7 @@ def take_in(
     total,  # (rows,) float32: sum of the weights so far, 1 for the highest score
     mixed,  # (rows, head_dim) float32: sum of the values so far, by their weights
 ):
-    """`highest`, `total` and `mixed` with the tile in them."""
+    """The softmax goes on over a tile of keys: `highest`, `total` and `mixed` with it in them."""
     scores = tl.dot(queries, tl.trans(tile_k), input_precision="ieee") * scale
     scores = tl.where(is_seen, scores, float("-inf"))
     new_highest = tl.maximum(highest, tl.max(scores, axis=1))

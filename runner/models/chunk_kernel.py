@@ -18,7 +18,7 @@ offsets of all sequences.
 import triton
 import triton.language as tl
 
-from runner.models.attention_tile import take_in
+from runner.models.attention_tile import SEQUENCES, take_in
 
 LOWEST = tl.constexpr(-1e30)
 """Below all scores, and finite: a tile of which a row sees nothing leaves it as it is."""
@@ -61,17 +61,18 @@ def chunk_kernel(
     BLOCK_Q: tl.constexpr,
     GROUP: tl.constexpr,  # query heads of a KV head at most, up to a power of two
     GROUP_STRIDE: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # more than num_seqs, a power of two
 ):
     program = tl.program_id(0)
     kv_head = tl.program_id(1)
 
     # Sequence s has programs from offset // BLOCK_Q + s on: at least as many as it needs. Behind
     # the last sequence come the programs of the padding.
-    indices = tl.arange(0, BLOCK_S)
-    offsets = tl.load(query_offsets + indices, mask=indices <= num_seqs, other=0)
-    is_before = (indices <= num_seqs) & (offsets // BLOCK_Q + indices <= program)
-    sequence = tl.sum(is_before.to(tl.int32), axis=0) - 1
+    sequence = -1
+    for tile in tl.range(0, num_seqs + 1, SEQUENCES):
+        indices = tile + tl.arange(0, SEQUENCES)
+        offsets = tl.load(query_offsets + indices, mask=indices <= num_seqs, other=0)
+        is_before = (indices <= num_seqs) & (offsets // BLOCK_Q + indices <= program)
+        sequence += tl.sum(is_before.to(tl.int32), axis=0)
     begin = tl.load(query_offsets + sequence)
     first = (program - begin // BLOCK_Q - sequence) * BLOCK_Q  # of its tokens, within the step
 
@@ -121,7 +122,7 @@ def chunk_kernel(
     cached = tl.load(kv_lengths + sequence) - query_len  # before the step
     first_seen = cached + first + 1 - window  # by any of the program's tokens
 
-    table = block_tables + sequence.to(tl.int64) * table_stride
+    table = block_tables + tl.cast(sequence, tl.int64) * table_stride
     from_head = kv_head * cache_head + offsets_d
     for tile in tl.range(tl.maximum(first_seen, 0) // BLOCK_N * BLOCK_N, cached, BLOCK_N):
         places = tile + tl.arange(0, BLOCK_N)

@@ -22,7 +22,7 @@ places. How many they are is read on the device, too, and with it how many split
 import triton
 import triton.language as tl
 
-from runner.models.attention_tile import take_in
+from runner.models.attention_tile import SEQUENCES, take_in
 
 
 @triton.jit(
@@ -68,15 +68,16 @@ def decode_kernel(
     ONE_SPLIT: tl.constexpr,  # tiles of a sequence that is not split
     MAX_SPLITS: tl.constexpr,
     IS_MIXED: tl.constexpr,
-    BLOCK_S: tl.constexpr,  # of a mixed step: num_seqs up to a power of two
 ):
     kv_head = tl.program_id(0)
     if IS_MIXED:
-        indices = tl.arange(0, BLOCK_S)
-        in_step = indices < num_seqs
-        ends = tl.load(query_offsets + 1 + indices, mask=in_step, other=0)
-        lengths = tl.load(kv_lengths + indices, mask=in_step, other=0)
-        num_alone = tl.sum(((ends == indices + 1) & (lengths > 0)).to(tl.int32), axis=0)
+        num_alone = 0
+        for tile in tl.range(0, num_seqs, SEQUENCES):
+            indices = tile + tl.arange(0, SEQUENCES)
+            in_step = indices < num_seqs
+            ends = tl.load(query_offsets + 1 + indices, mask=in_step, other=0)
+            lengths = tl.load(kv_lengths + indices, mask=in_step, other=0)
+            num_alone += tl.sum(((ends == indices + 1) & (lengths > 0)).to(tl.int32), axis=0)
         num_splits = tl.minimum(tl.maximum(spread // tl.maximum(num_alone, 1), 1), MAX_SPLITS)
         split = tl.program_id(1) % num_splits
         row = (tl.program_id(1) // num_splits).to(tl.int64)

@@ -183,7 +183,6 @@ class TritonDecodeAttention:
             scale * _LOG2_E,
             *(stride for x in (q, k, v, keys) for stride in x.stride()[:2]),
             IS_MIXED=batch.is_mixed,
-            BLOCK_S=triton.next_power_of_2(num_seqs) if batch.is_mixed else 1,
             **self._constants,
         )
 
@@ -288,7 +287,6 @@ class TritonMixedAttention:
             _EVERYTHING if window is None else window,
             scale * _LOG2_E,
             *(stride for x in (q, k, v, keys) for stride in x.stride()[:2]),
-            BLOCK_S=triton.next_power_of_2(num_seqs + 1),
             **self._constants,
         )
         return out.flatten(1)

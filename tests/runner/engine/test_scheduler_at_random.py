@@ -192,7 +192,7 @@ def test_whatever_happens(
     if is_padded:
         sizes["sizes"] = StepSizes(buckets_of(None, sizes["max_num_batched_tokens"]))
     twins = Twins(sizes, num_blocks, block_size)
-    with patch("runner.engine.step_size._FLAT", 1):
+    with patch("runner.engine.step_size._READ", 0):
         for kind, first, second, family in events:
             if kind == "add":
                 twins.add(first, second, family)

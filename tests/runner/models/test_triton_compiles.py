@@ -38,10 +38,10 @@ def test_a_kernel_fits(name: str, head_dim: int, capability: int) -> None:
     decode = TritonDecodeAttention(heads, torch.device("cpu"), **sizes)
     if name == "chunk":
         mixed = TritonMixedAttention(decode, heads, **sizes)
-        shared = compiled(chunk_kernel, {**mixed._constants, "BLOCK_S": 256}, capability)
+        shared = compiled(chunk_kernel, {**mixed._constants}, capability)
     else:
-        in_step = {"IS_MIXED": name == "decode-in-mixed", "BLOCK_S": 256}
-        shared = compiled(decode_kernel, {**decode._constants, **in_step}, capability)
+        constants = {**decode._constants, "IS_MIXED": name == "decode-in-mixed"}
+        shared = compiled(decode_kernel, constants, capability)
     assert shared <= SHARED_BYTES[capability]
 
 
