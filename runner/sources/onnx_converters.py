@@ -183,6 +183,7 @@ _CONVERTERS = {
     ),
     "DynamicQuantizeLinear": Converter(_quantize_dynamically, num_outputs=3),
     "Expand": Converter(onnx_shapes.expand, host=(1,)),
+    "Flatten": Converter(onnx_shapes.flatten),
     "Gather": Converter(_gather),
     "Gelu": Converter(_gelu),
     "GlobalAveragePool": Converter(_global_average),

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 _ONLY_DTYPES_ADDED = {
     "Abs", "Acos", "Add", "And", "ArgMax", "ArgMin", "Asin", "Atan", "Ceil", "Concat", "Cos",
     "CumSum", "DepthToSpace", "Div", "Dropout", "Einsum", "Elu", "Equal", "Erf", "Exp",
-    "Flatten", "Floor", "GatherElements", "GatherND", "Gemm", "Greater",
-    "GreaterOrEqual", "HardSwish", "Identity", "IsNaN",
+    "Floor", "GatherElements", "GatherND", "Gemm", "Greater", "GreaterOrEqual", "HardSwish",
+    "Identity", "IsNaN",
     "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "MatMul", "Max", "Min", "Mod", "Mul",
     "Neg", "Not", "Or", "PRelu", "Pow", "Range", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid",
     "Sign", "Sin", "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Tan", "Tanh", "TopK",

@@ -3,6 +3,8 @@
 So no shape depends on data. Not here: arithmetic.
 """
 
+import math
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -15,6 +17,11 @@ def reshape(attributes: Attributes, x: torch.Tensor, shape: Operand) -> torch.Te
     if not attributes.get("allowzero", 0):
         sizes = [x.shape[dim] if size == 0 else size for dim, size in enumerate(sizes)]
     return x.reshape(sizes)
+
+
+def flatten(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
+    axis = attributes.get("axis", 1)
+    return x.reshape(math.prod(x.shape[:axis]), math.prod(x.shape[axis:]))
 
 
 def squeeze(attributes: Attributes, x: torch.Tensor, axes: Operand = None) -> torch.Tensor:

@@ -103,7 +103,9 @@ def shapes():
     yield case("Gather", BATCH, np.array(-1, I64), axis=-1)
     yield case("Transpose", BATCH, perm=[2, 0, 1], opset=21)
     yield case("Concat", BATCH, floats(2, 1, 5), axis=1)
-    yield case("Flatten", BATCH, axis=2)
+    for axis in range(-len(BATCH), len(BATCH) + 1):
+        yield case("Flatten", BATCH, axis=axis)
+    yield case("Flatten", IMAGE)
 
 
 def arithmetic():
