@@ -20,7 +20,14 @@ from runner.sources.onnx_file import input_names, output_names, read_onnx
 from runner.sources.onnx_install import import_onnx
 from runner.sources.onnx_library import find_library_operator
 from runner.sources.onnx_operator import Operand, UnsupportedError
-from runner.sources.onnx_steps import Constants, HostStep, OperatorStep, ShapeStep, Step
+from runner.sources.onnx_steps import (
+    Constants,
+    HostStep,
+    OperatorStep,
+    ShapeStep,
+    Step,
+    to_tensor,
+)
 
 if TYPE_CHECKING:
     import onnx
@@ -72,7 +79,7 @@ class OnnxModule(nn.Module):
                 for position, name in enumerate(step.inputs)
             ]
             values |= zip(step.outputs, step(*operands), strict=False)
-        outputs = [_tensor(self._operand(values, name)) for name in self.output_names]
+        outputs = [to_tensor(self._operand(values, name), name) for name in self.output_names]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _operand(self, values: dict[str, Operand], name: str, *, as_array: bool = False) -> Operand:
@@ -87,19 +94,14 @@ def open_onnx(path: Path) -> nn.Module:
     """The graph as a module in eval mode on the CPU, its weights as buffers.
 
     Raises:
-        ConfigError: operators that have no converter; names all of them.
+        ConfigError: operators that have no converter; names all of them. Or a tensor of a type
+            that torch does not take.
         IntegrityError: the file is absent, truncated, or has weights outside its folder.
         PreflightError: onnx or onnx2torch is not installed.
     """
     model = read_onnx(path)
     module = _Builder(path, model).build()
     return module.eval().requires_grad_(False)
-
-
-def _tensor(operand: Operand) -> torch.Tensor:
-    if isinstance(operand, torch.Tensor):
-        return operand
-    return torch.from_numpy(np.array(operand))
 
 
 class _Builder:
@@ -130,11 +132,14 @@ class _Builder:
             for step in steps
             for position, name in enumerate(step.inputs)
         ]
-        constants = Constants(
-            self._constants,
-            as_tensors=[*(name for name, as_array in operands if not as_array), *outputs],
-            as_arrays=[name for name, as_array in operands if as_array],
-        )
+        try:
+            constants = Constants(
+                self._constants,
+                as_tensors=[*(name for name, as_array in operands if not as_array), *outputs],
+                as_arrays=[name for name, as_array in operands if as_array],
+            )
+        except UnsupportedError as error:
+            raise ConfigError(f"{self._path}: {error}") from None
         return OnnxModule(steps, constants, input_names=inputs, output_names=outputs)
 
     def _refusal(self) -> ConfigError:

@@ -33,6 +33,9 @@ _ONLY_DTYPES_ADDED = {
 """Operators whose versions after those in onnx2torch's table accept more dtypes and are else the
 same, so that its newest converter serves them."""
 
+_NUMPY_KINDS = "biufc"
+"""Of arrays that onnx2torch can take in; bfloat16 is none of numpy's own types."""
+
 
 @dataclass(frozen=True)
 class LibraryOperator:
@@ -71,7 +74,11 @@ def find_library_operator(
     alone = onnx.GraphProto(name=node.op_type)
     alone.node.append(node)
     alone.input.extend(onnx.ValueInfoProto(name=name) for name in node.input if name)
-    known = {name: constants[name] for name in dict.fromkeys(node.input) if name in constants}
+    known = {
+        name: constants[name]
+        for name in dict.fromkeys(node.input)
+        if name in constants and constants[name].dtype.kind in _NUMPY_KINDS
+    }
     alone.initializer.extend(onnx.numpy_helper.from_array(a, name=n) for n, a in known.items())
     try:
         module, mapping = converter(

@@ -41,8 +41,7 @@ class Constants(nn.Module):
                 while hasattr(self, free):
                     free += "_"
                 self._buffer_names[name] = free
-                values = torch.from_numpy(np.array(arrays[name]))
-                self.register_buffer(free, values)
+                self.register_buffer(free, to_tensor(arrays[name], name))
 
     def get(self, name: str) -> Operand:
         """A tensor, or a numpy array if no operator takes it as a tensor."""
@@ -136,16 +135,31 @@ class OperatorStep(Step):
     def forward(self, *operands: Operand) -> tuple[torch.Tensor, ...]:
         like = next(x for x in operands if isinstance(x, torch.Tensor))
         given = [
-            x if at in self.array_positions else _tensor(x, like) for at, x in enumerate(operands)
+            x if at in self.array_positions else to_tensor(x, name, like.device)
+            for at, (x, name) in enumerate(zip(operands, self.inputs, strict=True))
         ]
         found = self._run(self._attributes, *given)
         return found if isinstance(found, tuple) else (found,)
 
 
-def _tensor(operand: Operand, like: torch.Tensor) -> torch.Tensor | None:
-    if operand is None or isinstance(operand, torch.Tensor):
-        return operand
-    return torch.from_numpy(np.array(operand)).to(like.device)
+def to_tensor(value: Operand, name: str, device: torch.device | str = "cpu") -> Operand:
+    """An array as a tensor on `device`; a tensor and None as they are.
+
+    Raises:
+        UnsupportedError: an array of a type that torch does not take from numpy.
+    """
+    if value is None or isinstance(value, torch.Tensor):
+        return value
+    array = np.array(value)
+    if array.dtype.name == "bfloat16":
+        return torch.from_numpy(array.view(np.int16)).view(torch.bfloat16).to(device)
+    try:
+        return torch.from_numpy(array).to(device)
+    except TypeError:
+        raise UnsupportedError(
+            f"tensor {name} is of type {array.dtype.name}, which we do not take; store it as "
+            "float32, float16 or bfloat16"
+        ) from None
 
 
 def attributes_of(node: "onnx.NodeProto") -> dict[str, Any]:

@@ -15,6 +15,7 @@ from runner.sources.onnx_graph import input_names, open_onnx, output_names
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
+BFLOAT16 = onnx.TensorProto.BFLOAT16
 
 
 def ocr_model(name):
@@ -162,6 +163,56 @@ def test_all_operators_without_a_converter_are_named(tmp_path):
     ):
         assert part in str(caught.value)
     assert "Relu" not in str(caught.value)
+
+
+def test_bfloat16_weights_are_read(tmp_path):
+    weight = np.linspace(-3, 3, 24, dtype=np.float32).reshape(6, 4)
+    bfloat16 = onnx.helper.tensor_dtype_to_np_dtype(BFLOAT16)
+    path = write(
+        tmp_path / "m.onnx",
+        [
+            node("Gather", ["w", "i"], ["rows"]),
+            node("Cast", ["rows"], ["y"], to=FLOAT),
+            node("Cast", ["w"], ["folded"], to=FLOAT),
+        ],
+        [("i", INT64, [2])],
+        [("y", FLOAT, [2, 4]), ("folded", FLOAT, [6, 4])],
+        constants=[("w", weight.astype(bfloat16))],
+    )
+    index = np.array([5, 1])
+    expected = onnxruntime.InferenceSession(path).run(None, {"i": index})
+    found = open_onnx(path)(torch.from_numpy(index))
+    for one, other in zip(found, expected, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other)
+
+
+def test_a_product_with_bfloat16_weights(tmp_path):
+    x, weight, bias = (torch.randint(-4, 5, shape).float() for shape in ((2, 5), (3, 5), (3,)))
+    bfloat16 = onnx.helper.tensor_dtype_to_np_dtype(BFLOAT16)
+    path = write(
+        tmp_path / "m.onnx",
+        [node("Gemm", ["x", "w", "b"], ["y"], transB=1)],
+        [("x", BFLOAT16, [2, 5])],
+        [("y", BFLOAT16, [2, 3])],
+        constants=[(name, t.numpy().astype(bfloat16)) for name, t in (("w", weight), ("b", bias))],
+    )
+    expected = torch.nn.functional.linear(x, weight, bias).bfloat16()
+    torch.testing.assert_close(open_onnx(path)(x.bfloat16()), expected, rtol=0, atol=0)
+
+
+def test_weights_of_other_small_types_are_refused(tmp_path):
+    for name in ("FLOAT8E4M3FN", "INT4", "FLOAT4E2M1"):
+        kind = onnx.helper.tensor_dtype_to_np_dtype(getattr(onnx.TensorProto, name))
+        for operator in ("Gather", "Gemm"):
+            path = write(
+                tmp_path / "m.onnx",
+                [node(operator, ["x", "scale.w"], ["y"])],
+                [("x", FLOAT, [2, 6])],
+                [("y", FLOAT, [2, 4])],
+                constants=[("scale.w", np.ones((6, 4)).astype(kind))],
+            )
+            with pytest.raises(ConfigError, match=rf"tensor scale\.w is of type {kind.name},"):
+                open_onnx(path)
 
 
 def test_operators_that_need_torchvision_are_named_where_it_is_missing(tmp_path):
