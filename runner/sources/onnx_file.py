@@ -8,6 +8,7 @@ from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING
 
 from parallel.errors import IntegrityError
+from runner.sources.onnx_branches import subgraphs
 from runner.sources.onnx_install import import_onnx
 
 if TYPE_CHECKING:
@@ -76,11 +77,8 @@ def _tensors(graph: "onnx.GraphProto") -> "Iterator[onnx.TensorProto]":
             if attribute.HasField("t"):
                 yield attribute.t
             yield from attribute.tensors
-            for subgraph in [
-                *attribute.graphs,
-                *([attribute.g] if attribute.HasField("g") else []),
-            ]:
-                yield from _tensors(subgraph)
+        for subgraph in subgraphs(node):
+            yield from _tensors(subgraph)
 
 
 def _check_external(path: Path, tensor: "onnx.TensorProto") -> None:

@@ -6,7 +6,7 @@ shapes holds no shape computation and nothing depends on data. Not here: what an
 
 import re
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from parallel.errors import ConfigError
+from runner.sources.onnx_branches import operand_names, taken_branch
 from runner.sources.onnx_converters import find_converter
 from runner.sources.onnx_file import input_names, output_names, read_onnx
 from runner.sources.onnx_install import import_onnx
@@ -104,6 +105,10 @@ def open_onnx(path: Path) -> nn.Module:
     return module.eval().requires_grad_(False)
 
 
+def _is_if(node: "onnx.NodeProto") -> bool:
+    return node.op_type == "If" and not node.domain
+
+
 class _Builder:
     """Turns nodes into steps, and collects what stands in the way."""
 
@@ -123,8 +128,7 @@ class _Builder:
     def build(self) -> OnnxModule:
         inputs = [v.name for v in self._graph.input if v.name not in self._constants]
         outputs = [value.name for value in self._graph.output]
-        found = [self._step(node) for node in self._graph.node]
-        steps = [step for step in found if step is not None]
+        steps = list(self._steps(self._graph.node))
         if self._obstacles:
             raise self._refusal()
         operands = [
@@ -149,9 +153,17 @@ class _Builder:
             "for example with another opset, or give it as a .pt2 or by a factory"
         )
 
+    def _steps(self, nodes: "Iterable[onnx.NodeProto]") -> Iterator[Step]:
+        for node in nodes:
+            if _is_if(node) and node.input[0] in self._constants:
+                condition = bool(self._constants[node.input[0]].item())
+                yield from self._steps(taken_branch(node, condition=condition))
+            elif (step := self._step(node)) is not None:
+                yield step
+
     def _step(self, node: "onnx.NodeProto") -> Step | None:
         """None: the node is computed now, or cannot be."""
-        given = [name for name in node.input if name]
+        given = [name for name in operand_names(node) if name]
         try:
             if node.op_type.startswith(_RANDOM):
                 raise UnsupportedError
@@ -171,10 +183,16 @@ class _Builder:
 
     def _fold(self, node: "onnx.NodeProto") -> None:
         step = HostStep("", node, self._opsets)
-        values = step(*(self._constants.get(name) for name in node.input))
+        values = step(*(self._constants.get(name) for name in step.inputs))
         self._constants |= zip(step.outputs, values, strict=False)
 
     def _operator(self, node: "onnx.NodeProto") -> Step:
+        if _is_if(node):
+            raise UnsupportedError(
+                f"a condition that is not constant, node {node.name or node.output[0]} (simplify "
+                "the graph at fixed input shapes, for example by onnxsim, or export it with "
+                "constant conditions)"
+            )
         version = self._opsets.get(node.domain, 1)
         converter = None if node.domain else find_converter(node.op_type, version)
         if converter is None:

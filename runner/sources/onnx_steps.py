@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from runner.sources.onnx_branches import operand_names
 from runner.sources.onnx_install import import_onnx
 from runner.sources.onnx_library import LibraryOperator
 from runner.sources.onnx_operator import Converter, Operand, UnsupportedError
@@ -59,7 +60,7 @@ class Step(nn.Module):
 
     Attributes:
         name: unique in the graph.
-        inputs: names of its operands; "" for one that is left out.
+        inputs: names of its operands, those of graphs inside it too; "" for one that is left out.
         outputs: names of what it computes.
         array_positions: where an operand is wanted as a numpy array.
     """
@@ -67,7 +68,7 @@ class Step(nn.Module):
     def __init__(self, name: str, node: "onnx.NodeProto") -> None:
         super().__init__()
         self.name = name
-        self.inputs = tuple(node.input)
+        self.inputs = tuple(operand_names(node))
         self.outputs = tuple(node.output)
         self.array_positions: Container[int] = range(len(self.inputs))
 
@@ -83,7 +84,7 @@ class HostStep(Step):
         graph = onnx.helper.make_graph(
             [node],
             node.op_type,
-            [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(node.input) if name],
+            [onnx.ValueInfoProto(name=name) for name in dict.fromkeys(self.inputs) if name],
             [onnx.ValueInfoProto(name=name) for name in node.output],
         )
         try:

@@ -15,7 +15,7 @@ from runner.sources.onnx_graph import input_names, open_onnx, output_names
 onnx = pytest.importorskip("onnx")
 onnxruntime = pytest.importorskip("onnxruntime")
 FLOAT, INT64 = onnx.TensorProto.FLOAT, onnx.TensorProto.INT64
-BFLOAT16 = onnx.TensorProto.BFLOAT16
+BFLOAT16, BOOL = onnx.TensorProto.BFLOAT16, onnx.TensorProto.BOOL
 
 
 def ocr_model(name):
@@ -213,6 +213,128 @@ def test_weights_of_other_small_types_are_refused(tmp_path):
             )
             with pytest.raises(ConfigError, match=rf"tensor scale\.w is of type {kind.name},"):
                 open_onnx(path)
+
+
+def branch(nodes, outputs, **stored):
+    return onnx.helper.make_graph(
+        nodes,
+        "branch",
+        [],
+        [onnx.ValueInfoProto(name=name) for name in outputs],
+        [onnx.numpy_helper.from_array(np.array(a, np.float32), n) for n, a in stored.items()],
+    )
+
+
+def if_node(condition, output, then, otherwise):
+    branches = {"then_branch": then, "else_branch": otherwise}
+    return node("If", [condition], [output], name=f"choose {output}", **branches)
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("second", [True, False])
+def test_an_if_of_a_constant_condition_is_the_branch_it_takes(tmp_path, first, second):
+    """Branches read the outer graph and have names in common; one holds another If."""
+    inner = if_node(
+        "second",
+        "chosen",
+        branch([node("Add", ["t", "w"], ["u"])], ["u"]),
+        branch([node("Mul", ["t", "y"], ["u"])], ["u"]),
+    )
+    nodes = [
+        if_node(
+            "first",
+            "y",
+            branch([node("Add", ["x", "t"], ["s"])], ["s"], t=[1, 2, 3]),
+            branch([node("Sub", ["x", "t"], ["s"])], ["s"], t=2),
+        ),
+        if_node(
+            "first",
+            "z",
+            branch([node("Relu", ["y"], ["t"]), inner], ["chosen"]),
+            branch([node("Identity", ["w"], ["t"])], ["t"]),
+        ),
+    ]
+    path = write(
+        tmp_path / "m.onnx",
+        nodes,
+        [("x", FLOAT, [2, 3])],
+        [("y", FLOAT, [2, 3]), ("z", FLOAT, None)],
+        constants=[
+            ("w", np.array([3, 4, 5], np.float32)),
+            ("first", np.array(first)),
+            ("second", np.array([second])),
+        ],
+    )
+    x = np.array([[1, -2, 3], [-4, 5, -6]], np.float32)
+    expected = onnxruntime.InferenceSession(path).run(None, {"x": x})
+    for one, other in zip(open_onnx(path)(torch.from_numpy(x)), expected, strict=True):
+        np.testing.assert_array_equal(one.numpy(), other)
+
+
+def test_an_if_of_shapes_alone_is_computed_on_the_host(tmp_path):
+    nodes = [
+        node("Shape", ["x"], ["shape"]),
+        node("Size", ["x"], ["size"]),
+        node("Less", ["size", "many"], ["few"]),
+        if_node(
+            "few",
+            "wanted",
+            branch([node("Identity", ["shape"], ["s"])], ["s"]),
+            branch([node("Identity", ["flat"], ["s"])], ["s"]),
+        ),
+        node("Reshape", ["x", "wanted"], ["y"]),
+    ]
+    path = write(
+        tmp_path / "m.onnx",
+        nodes,
+        [("x", FLOAT, ["a", "b"])],
+        [("y", FLOAT, None)],
+        constants=[("many", np.array(10)), ("flat", np.array([-1]))],
+    )
+    session, module = onnxruntime.InferenceSession(path), open_onnx(path)
+    for shape in ((2, 3), (4, 5)):
+        x = np.ones(shape, np.float32)
+        assert module(torch.from_numpy(x)).shape == session.run(None, {"x": x})[0].shape
+
+
+def test_an_if_that_is_decided_at_run_time_is_refused_with_a_way_out(tmp_path):
+    chosen = if_node(
+        "c",
+        "y",
+        branch([node("Relu", ["x"], ["s"])], ["s"]),
+        branch([node("Neg", ["x"], ["s"])], ["s"]),
+    )
+    from_data = [node("ReduceMax", ["x"], ["m"], keepdims=0), node("Cast", ["m"], ["c"], to=BOOL)]
+    from_shapes = [node("Size", ["x"], ["m"]), node("Equal", ["m", "m"], ["c"])]
+    for nodes in (from_data, from_shapes):
+        path = write(
+            tmp_path / "m.onnx", [*nodes, chosen], [("x", FLOAT, [2])], [("y", FLOAT, None)]
+        )
+        with pytest.raises(ConfigError, match=r"not constant, node choose y .*onnxsim"):
+            open_onnx(path)
+
+
+def test_a_loop_reads_the_outer_graph_s_constants(tmp_path):
+    body = branch([node("Add", ["v", "w"], ["s"]), node("Identity", ["c"], ["d"])], ["d", "s"])
+    body.input.extend(
+        onnx.helper.make_tensor_value_info(*entry)
+        for entry in (("i", INT64, []), ("c", BOOL, []), ("v", FLOAT, [2]))
+    )
+    path = write(
+        tmp_path / "m.onnx",
+        [node("Loop", ["three", "go", "start"], ["r"], body=body), node("Add", ["x", "r"], ["y"])],
+        [("x", FLOAT, [2])],
+        [("y", FLOAT, [2])],
+        constants=[
+            ("three", np.array(3)),
+            ("go", np.array(True)),
+            ("start", np.zeros(2, np.float32)),
+            ("w", np.array([1, 2], np.float32)),
+        ],
+    )
+    x = np.array([10, 20], np.float32)
+    expected = onnxruntime.InferenceSession(path).run(None, {"x": x})[0]
+    np.testing.assert_array_equal(open_onnx(path)(torch.from_numpy(x)).numpy(), expected)
 
 
 def test_operators_that_need_torchvision_are_named_where_it_is_missing(tmp_path):
