@@ -5,6 +5,7 @@ The table below says what computes each. Not here: what onnx2torch does well.
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -32,6 +33,17 @@ def _prod(x: torch.Tensor, dims: list[int], *, keepdim: bool) -> torch.Tensor:
     for dim in sorted({dim % x.dim() for dim in dims}, reverse=True):
         x = x.prod(dim, keepdim=keepdim, dtype=x.dtype)
     return x
+
+
+def _cumulative_sum(attributes: Attributes, x: torch.Tensor, axis: Operand) -> torch.Tensor:
+    dim, reverse = int(np.asarray(axis).item()) % x.dim(), attributes.get("reverse", 0)
+    if reverse:
+        x = x.flip(dim)
+    if attributes.get("exclusive", 0):
+        zeros_before = [0, 0] * (x.dim() - 1 - dim) + [1, 0]
+        x = F.pad(x, zeros_before).narrow(dim, 0, x.shape[dim])
+    total = x.cumsum(dim, dtype=x.dtype)
+    return total.flip(dim) if reverse else total
 
 
 def _is_inf(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
@@ -181,6 +193,7 @@ _CONVERTERS = {
     "ConvTranspose": Converter(
         onnx_windows.transposed_convolution, check=onnx_windows.check_transposed
     ),
+    "CumSum": Converter(_cumulative_sum, host=(1,)),
     "DynamicQuantizeLinear": Converter(_quantize_dynamically, num_outputs=3),
     "Expand": Converter(onnx_shapes.expand, host=(1,)),
     "Flatten": Converter(onnx_shapes.flatten),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _ONLY_DTYPES_ADDED = {
     "Abs", "Acos", "Add", "And", "ArgMax", "ArgMin", "Asin", "Atan", "Ceil", "Concat", "Cos",
-    "CumSum", "DepthToSpace", "Div", "Dropout", "Einsum", "Elu", "Equal", "Erf", "Exp",
+    "DepthToSpace", "Div", "Dropout", "Einsum", "Elu", "Equal", "Erf", "Exp",
     "Floor", "GatherElements", "GatherND", "Gemm", "Greater", "GreaterOrEqual", "HardSwish",
     "Identity", "IsNaN",
     "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "MatMul", "Max", "Min", "Mod", "Mul",

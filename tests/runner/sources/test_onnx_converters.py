@@ -116,6 +116,12 @@ def arithmetic():
         yield case(operator, BATCH, axes=[1], opset=11)
         yield case(operator, BATCH, opset=18)
         yield case(operator, BATCH, noop_with_empty_axes=1, opset=18)
+    for reverse, exclusive in ((0, 0), (0, 1), (1, 0), (1, 1)):
+        for axis in (0, 1, -1):
+            chosen = {"reverse": reverse, "exclusive": exclusive}
+            yield case("CumSum", BATCH, np.array(axis, np.int32), opset=14, **chosen)
+    yield case("CumSum", (0, 3), ints(0), exclusive=1)
+    yield case("CumSum", BATCH, ints(1), opset=11)
     yield case("Clip", BATCH, np.float32(-0.5), np.float32(0.25))
     yield case("Clip", BATCH, None, np.float32(0.25))
     yield case("Clip", BATCH, min=-0.5, opset=6)
@@ -191,6 +197,20 @@ def test_every_converter_has_a_case():
     apart = {"ConvInteger", "DynamicQuantizeLinear", "IsInf"}
     tested = {operator for operator, *_ in CASES} | apart
     assert set(_CONVERTERS) == tested & set(_CONVERTERS)
+
+
+@pytest.mark.parametrize(
+    ("operator", "constant", "attributes"),
+    [("CumSum", ints(1), {"exclusive": 1}), ("CumSum", ints(0), {"reverse": 1})],
+)
+@pytest.mark.parametrize("dtype", [np.int32, np.int64])
+def test_integers_stay_integers(tmp_path, operator, constant, attributes, dtype):
+    model = build(operator, (3, 4), (constant,), 17, 1, attributes)
+    kind = onnx.helper.np_dtype_to_tensor_dtype(np.dtype(dtype))
+    model.graph.input[0].type.tensor_type.elem_type = kind
+    onnx.save(model, tmp_path / "m.onnx")
+    x = np.arange(-3, 9, dtype=dtype).reshape(3, 4)
+    assert_equal_to_onnxruntime(tmp_path / "m.onnx", {"x": x})
 
 
 @pytest.mark.parametrize("above", [0, 1])
