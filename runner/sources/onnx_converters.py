@@ -46,6 +46,13 @@ def _cumulative_sum(attributes: Attributes, x: torch.Tensor, axis: Operand) -> t
     return total.flip(dim) if reverse else total
 
 
+def _power(_: Attributes, x: torch.Tensor, exponent: torch.Tensor) -> torch.Tensor:
+    """In the base's type; an integer's in float64 between, which holds more integers exactly."""
+    of_integer = exponent.is_floating_point() and not x.is_floating_point()
+    power = torch.pow(x.double() if of_integer else x, exponent)
+    return power if power.dtype == x.dtype else power.to(x.dtype)
+
+
 def _is_inf(attributes: Attributes, x: torch.Tensor) -> torch.Tensor:
     above, below = (attributes.get(f"detect_{sign}", 1) for sign in ("positive", "negative"))
     if above and below:
@@ -180,6 +187,8 @@ def find_converter(operator: str, version: int) -> Converter | None:
         return Converter(_flat_softmax)
     if operator == "Resize" and version < 11:
         return Converter(upsample, host=(1,))
+    if operator == "Pow" and version < 12:  # both of one type, and broadcast in an older way
+        return None
     return _CONVERTERS.get(operator)
 
 
@@ -207,6 +216,7 @@ _CONVERTERS = {
     "IsInf": Converter(_is_inf),
     "MaxPool": Converter(onnx_windows.max_pool, check=onnx_windows.check_max_pool),
     "Pad": Converter(onnx_shapes.pad, host=(1, 2, 3)),
+    "Pow": Converter(_power),
     "ReduceMax": _reduction(torch.amax),
     "ReduceMean": _reduction(torch.mean),
     "ReduceMin": _reduction(torch.amin),

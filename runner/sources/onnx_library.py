@@ -22,13 +22,12 @@ if TYPE_CHECKING:
 
 _ONLY_DTYPES_ADDED = {
     "Abs", "Acos", "Add", "And", "ArgMax", "ArgMin", "Asin", "Atan", "Ceil", "Concat", "Cos",
-    "DepthToSpace", "Div", "Dropout", "Einsum", "Elu", "Equal", "Erf", "Exp",
-    "Floor", "GatherElements", "GatherND", "Gemm", "Greater", "GreaterOrEqual", "HardSwish",
-    "Identity", "IsNaN",
-    "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "MatMul", "Max", "Min", "Mod", "Mul",
-    "Neg", "Not", "Or", "PRelu", "Pow", "Range", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid",
-    "Sign", "Sin", "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Tan", "Tanh", "TopK",
-    "Transpose", "Where", "Xor",
+    "DepthToSpace", "Div", "Dropout", "Einsum", "Elu", "Equal", "Erf", "Exp", "Floor",
+    "GatherElements", "GatherND", "Gemm", "Greater", "GreaterOrEqual", "HardSwish", "Identity",
+    "IsNaN", "LeakyRelu", "Less", "LessOrEqual", "Log", "LogSoftmax", "MatMul", "Max", "Min", "Mod",
+    "Mul", "Neg", "Not", "Or", "PRelu", "Range", "Reciprocal", "Relu", "Round", "Selu", "Sigmoid",
+    "Sign", "Sin", "Softplus", "Softsign", "Sqrt", "Sub", "Sum", "Tan", "Tanh", "TopK", "Transpose",
+    "Where", "Xor",
 }  # fmt: skip
 """Operators whose versions after those in onnx2torch's table accept more dtypes and are else the
 same, so that its newest converter serves them."""
