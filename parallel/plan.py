@@ -21,7 +21,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 """What weights and activations may be."""
 
 ITEM_BYTES = DTYPE_BYTES | {"float64": 8, "int64": 8, "int32": 4, "int16": 2, "int8": 1}
-ITEM_BYTES |= {"uint8": 1, "bool": 1}
+ITEM_BYTES |= {"uint64": 8, "uint32": 4, "uint16": 2, "uint8": 1, "bool": 1}
+ITEM_BYTES |= {"complex128": 16, "complex64": 8, "float8_e4m3fn": 1, "float8_e5m2": 1}
 """What any tensor may be."""
 
 

@@ -78,7 +78,7 @@ class GraphRecipe:
             return
         planned = [tensor.name for tensor in self.job.plan.ranks[rank].tensors]
         order = dict.fromkeys([*planned, *weights])
-        headers = {name: _header(weights[name]) for name in order}
+        headers = {name: TensorHeader.of(name, weights[name]) for name in order}
         tensors = ((name, weights[name]) for name in order)
         builder.write_weights(rank, tensors, source=made_from.hexdigest(), headers=headers)
 
@@ -154,7 +154,3 @@ def _digest_of_buffers(programs: list[StageProgram]) -> str:
                 digest.update(f"{name} {buffer.dtype} {tuple(buffer.shape)}".encode())
                 digest.update(data.numpy().tobytes())
     return digest.hexdigest()
-
-
-def _header(tensor: torch.Tensor) -> TensorHeader:
-    return TensorHeader(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))

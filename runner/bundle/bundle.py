@@ -6,15 +6,16 @@ no file is used before its hash was checked. How one is made is `runner.bundle.b
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from parallel.errors import IncompatibleError, IntegrityError
+from parallel.errors import IncompatibleError, IntegrityError, PreflightError
 from parallel.plan import RankPlan, ShardPlan
 from parallel.plans import read_plan
 from runner.bundle import layout
-from runner.bundle.files import Fault, find_faults, find_misfits, list_files
+from runner.bundle.files import Fault, find_faults, find_misfits, find_unreadable, list_files
 from runner.bundle.host import Host, check_host
 from runner.bundle.manifest import Manifest, place_of
 from runner.bundle.weights_file import Owner, read_header, read_weights
@@ -41,10 +42,12 @@ class Bundle:
         """Check all that can be told without reading the files: manifest, names, sizes, owners.
 
         Raises:
+            PreflightError: this user may not read some of it.
             IntegrityError: it is no bundle, not finished, edited, or a file is absent, too many or
                 of another size.
             IncompatibleError: another schema version, or a file of another plan or rank.
         """
+        _check_access(path)
         _check_folder(path)
         manifest = Manifest.read(path)
         bundle = cls(path, manifest, _read_plan(path, manifest))
@@ -187,6 +190,16 @@ class Bundle:
 
 def _mend(path: Path) -> str:
     return f"copy the bundle again, or build it: {layout.rebuild_command(path)}"
+
+
+def _check_access(path: Path) -> None:
+    """Raises PreflightError: this user may not read something of what belongs to a bundle."""
+    for name in (layout.MANIFEST, *layout.CONTENTS):
+        if unreadable := find_unreadable(path / name):
+            raise PreflightError(
+                f"{unreadable}: user {os.getuid()} may not read it; make the bundle readable "
+                f"(chmod -R a+rX {path}, and a+x on the folders above it), or run as its owner"
+            )
 
 
 def _check_folder(path: Path) -> None:

@@ -107,6 +107,21 @@ def list_files(folder: Path, below: str) -> set[str]:
     }
 
 
+def find_unreadable(path: Path) -> Path | None:
+    """The first of a file or folder and all that it holds that this user may not read."""
+    try:
+        path.stat()
+    except PermissionError:
+        return path
+    except OSError:
+        return None  # It is absent, or a link to nothing: another matter.
+    if not path.is_dir():
+        return None if os.access(path, os.R_OK) else path
+    if not os.access(path, os.R_OK | os.X_OK):
+        return path
+    return next(filter(None, map(find_unreadable, sorted(path.iterdir()))), None)
+
+
 def find_misfits(folder: Path, expected: Mapping[str, FileHash]) -> list[Fault]:
     """Files that are absent, no regular files, not inside, or of another size; reads none."""
     problems = {name: _misfit(folder, name, entry) for name, entry in sorted(expected.items())}

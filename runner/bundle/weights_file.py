@@ -15,26 +15,31 @@ from typing import TYPE_CHECKING
 
 from safetensors import SafetensorError, safe_open
 
-from parallel.errors import IntegrityError, InternalError
-from parallel.plan import RankPlan
+from parallel.errors import ConfigError, IntegrityError, InternalError
+from parallel.plan import ITEM_BYTES, RankPlan
 from runner.bundle.files import FileHash, Hasher
 
 if TYPE_CHECKING:
     import torch
 
-# Torch's name of a dtype -> safetensors' name, and bytes of an element.
+# Torch's name of a dtype -> safetensors' name.
 _STORED = {
-    "float64": ("F64", 8),
-    "float32": ("F32", 4),
-    "bfloat16": ("BF16", 2),
-    "float16": ("F16", 2),
-    "int64": ("I64", 8),
-    "int32": ("I32", 4),
-    "int16": ("I16", 2),
-    "int8": ("I8", 1),
-    "uint8": ("U8", 1),
-    "bool": ("BOOL", 1),
-    "float8_e4m3fn": ("F8_E4M3", 1),
+    "float64": "F64",
+    "float32": "F32",
+    "bfloat16": "BF16",
+    "float16": "F16",
+    "float8_e4m3fn": "F8_E4M3",
+    "float8_e5m2": "F8_E5M2",
+    "complex64": "C64",
+    "int64": "I64",
+    "int32": "I32",
+    "int16": "I16",
+    "int8": "I8",
+    "uint64": "U64",
+    "uint32": "U32",
+    "uint16": "U16",
+    "uint8": "U8",
+    "bool": "BOOL",
 }
 
 
@@ -45,9 +50,23 @@ class TensorHeader:
     dtype: str
     shape: tuple[int, ...]
 
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor) -> TensorHeader:
+        """
+        Raises:
+            ConfigError: safetensors has no such dtype.
+        """
+        dtype = str(tensor.dtype).removeprefix("torch.")
+        if dtype not in _STORED:
+            raise ConfigError(
+                f"{name} is of type {dtype}, which a bundle cannot hold; store it as one of "
+                f"{', '.join(_STORED)}"
+            )
+        return cls(dtype, tuple(tensor.shape))
+
     @property
     def num_bytes(self) -> int:
-        return math.prod(self.shape) * _STORED[self.dtype][1]
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclass(frozen=True)
@@ -137,7 +156,7 @@ def _header(headers: Mapping[str, TensorHeader], owner: Owner) -> bytes:
     for name, header in headers.items():
         stop = start + header.num_bytes
         entries[name] = {
-            "dtype": _STORED[header.dtype][0],
+            "dtype": _STORED[header.dtype],
             "shape": header.shape,
             "data_offsets": (start, stop),
         }
@@ -149,8 +168,7 @@ def _header(headers: Mapping[str, TensorHeader], owner: Owner) -> bytes:
 
 def _check_tensor(name: str, tensor: torch.Tensor, wanted: tuple[str, TensorHeader] | None) -> None:
     """The header is on the disk by now; any other tensor would shift all that follow it."""
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    found = (name, TensorHeader(dtype, tuple(tensor.shape)))
+    found = name, TensorHeader.of(name, tensor)
     if found != wanted:
         raise InternalError(f"weights: the header has {wanted} where {found} came")
 

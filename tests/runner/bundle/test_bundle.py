@@ -3,13 +3,17 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import pytest
 import torch
 from bundles import CACHE_FILE, ENGINE, FILES, LIBRARY, build_bundle, flip, rewrite_manifest
+from processes import ROOT
 
 from parallel.errors import IncompatibleError, IntegrityError, ShardlineError
 from parallel.weights import stream
@@ -21,6 +25,15 @@ from runner.models.spec import ModelSpec
 CPU = torch.device("cpu")
 ENGINE_FILE = f"artefacts/{ENGINE}/engine.trt"
 WEIGHTS_FILE = "weights/rank1.safetensors"
+
+OPEN_AS_ANOTHER = """
+import os, sys
+from pathlib import Path
+from runner.bundle.bundle import Bundle
+if not os.getuid():
+    os.setuid(65534)
+Bundle.open(Path(sys.argv[1]))
+"""
 
 
 def use(bundle: Path) -> None:
@@ -70,6 +83,27 @@ def test_a_rank_reads_its_own_weights(bundle: Path, model: Path) -> None:
         found = dict(opened.weights(rank.rank, device=CPU))
         assert wanted.keys() == found.keys()
         assert all(torch.equal(found[name], tensor) for name, tensor in wanted.items())
+
+
+@pytest.mark.parametrize(
+    "name", [".", "manifest.json", "weights", WEIGHTS_FILE, f"artefacts/{ENGINE}"]
+)
+def test_what_another_user_may_not_read_is_named_with_what_to_do(name: str, bundle: Path) -> None:
+    """As another user, if these are root's tests: nobody keeps root from reading."""
+    with TemporaryDirectory() as folder:
+        Path(folder).chmod(0o755)
+        moved = Path(shutil.copytree(bundle, Path(folder) / "bundle"))
+        hidden = moved / name
+        hidden.chmod(0o600 if hidden.is_file() else 0o700)
+        if os.geteuid():
+            hidden.chmod(0)
+        command = [sys.executable, "-c", OPEN_AS_ANOTHER, str(moved)]
+        done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        hidden.chmod(0o755)
+    assert "PreflightError" in done.stderr
+    said = done.stderr.splitlines()[-1]
+    assert f"{moved / name}".removesuffix("/.") in said
+    assert f"chmod -R a+rX {moved}" in said
 
 
 def test_a_bundle_may_be_moved_and_be_read_only(bundle: Path, tmp_path: Path) -> None:

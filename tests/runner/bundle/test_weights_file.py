@@ -13,7 +13,7 @@ from bundles import flip, make_plan_of
 from processes import ROOT
 from safetensors.torch import load_file
 
-from parallel.errors import IntegrityError, InternalError
+from parallel.errors import ConfigError, IntegrityError, InternalError
 from parallel.weights import stream
 from runner.bundle.files import CHUNK_BYTES, hash_file
 from runner.bundle.weights_file import (
@@ -35,6 +35,9 @@ TENSORS = {
     "half.weight": torch.randn(4, 2).to(torch.float16),
     "int8.weight": torch.arange(-3, 3, dtype=torch.int8),
     "fp8.weight": torch.randn(5).to(torch.float8_e4m3fn),
+    "wide-fp8.weight": torch.randn(5).to(torch.float8_e5m2),
+    "spectrum": torch.randn(3, 2, dtype=torch.complex64),
+    "places": torch.tensor([1, 65535]).to(torch.uint16),
     "turned.weight": torch.randn(6, 4).t(),
     "empty.weight": torch.empty(0, 4),
     "scalar": torch.tensor(2.5),
@@ -42,15 +45,17 @@ TENSORS = {
 
 
 def headers_for(tensors: dict[str, torch.Tensor]) -> dict[str, TensorHeader]:
-    return {
-        name: TensorHeader(str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-        for name, tensor in tensors.items()
-    }
+    return {name: TensorHeader.of(name, tensor) for name, tensor in tensors.items()}
 
 
 def bits(tensor: torch.Tensor) -> tuple[torch.dtype, tuple[int, ...], bytes]:
     data = tensor.contiguous().reshape(-1).view(torch.uint8).numpy().tobytes()
     return tensor.dtype, tuple(tensor.shape), data
+
+
+def test_a_dtype_that_no_file_can_hold_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"^wave is of type complex128, .* one of float64, "):
+        TensorHeader.of("wave", torch.zeros(2, dtype=torch.complex128))
 
 
 def test_every_dtype_and_shape_comes_back(tmp_path: Path) -> None:

@@ -314,15 +314,17 @@ def test_an_if_that_is_decided_at_run_time_is_refused_with_a_way_out(tmp_path):
             open_onnx(path)
 
 
-def test_a_loop_reads_the_outer_graph_s_constants(tmp_path):
+def loop(path, condition):
+    """A file with a Loop of three rounds, each of which adds [1, 2] of the graph around it."""
     body = branch([node("Add", ["v", "w"], ["s"]), node("Identity", ["c"], ["d"])], ["d", "s"])
     body.input.extend(
         onnx.helper.make_tensor_value_info(*entry)
         for entry in (("i", INT64, []), ("c", BOOL, []), ("v", FLOAT, [2]))
     )
-    path = write(
-        tmp_path / "m.onnx",
-        [node("Loop", ["three", "go", "start"], ["r"], body=body), node("Add", ["x", "r"], ["y"])],
+    inputs = ["three", condition, "start"]
+    return write(
+        path,
+        [node("Loop", inputs, ["r"], body=body), node("Add", ["x", "r"], ["y"])],
         [("x", FLOAT, [2])],
         [("y", FLOAT, [2])],
         constants=[
@@ -332,9 +334,18 @@ def test_a_loop_reads_the_outer_graph_s_constants(tmp_path):
             ("w", np.array([1, 2], np.float32)),
         ],
     )
+
+
+def test_a_loop_reads_the_outer_graph_s_constants(tmp_path):
+    path = loop(tmp_path / "m.onnx", "go")
     x = np.array([10, 20], np.float32)
     expected = onnxruntime.InferenceSession(path).run(None, {"x": x})[0]
     np.testing.assert_array_equal(open_onnx(path)(torch.from_numpy(x)).numpy(), expected)
+
+
+def test_a_loop_without_a_condition_is_refused(tmp_path):
+    with pytest.raises(ConfigError, match=r"ai\.onnx\.Loop with a condition that is left out"):
+        open_onnx(loop(tmp_path / "m.onnx", ""))
 
 
 def test_operators_that_need_torchvision_are_named_where_it_is_missing(tmp_path):
