@@ -1,5 +1,7 @@
 """What an exception in the middle of a job says: this rank is wrong, or another is."""
 
+import errno
+import os
 import re
 
 import torch
@@ -42,3 +44,14 @@ def as_rank_error(error: Exception, doing: str) -> ShardlineError:
         )
     gone = isinstance(error, RuntimeError) and any(sign in str(error) for sign in _GONE)
     return RankLostError(message, peer=gone or isinstance(error, dist.DistError))
+
+
+def is_disk_full(error: BaseException | None) -> bool:
+    """Whether it, or what it came of, is that a disk has no space left."""
+    while error is not None:
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            return True
+        if os.strerror(errno.ENOSPC) in str(error):  # A compiler that was called said so.
+            return True
+        error = error.__cause__ or error.__context__
+    return False

@@ -6,6 +6,7 @@ compiler.
 import gc
 import logging
 import os
+import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,8 +18,8 @@ import torch
 from parallel.annotate import Annotate, for_nsight, for_torch, unnamed
 from parallel.collectives import broadcast_bytes
 from parallel.context import ParallelContext
-from parallel.errors import ConfigError, OutputClosedError, ShardlineError
-from parallel.faults import as_rank_error
+from parallel.errors import ConfigError, OutputClosedError, PreflightError, ShardlineError
+from parallel.faults import as_rank_error, is_disk_full
 from parallel.launch import RankEnv
 from parallel.progress import Doing, ProgressBoard, ProgressWriter
 from runner.job import Job
@@ -178,6 +179,12 @@ def _as_ours(error: Exception, phase: Phase, device_type: str) -> ShardlineError
         return error
     if isinstance(error, BrokenPipeError):
         return OutputClosedError("standard output was closed before the text was complete")
+    if is_disk_full(error):
+        place = error.filename if isinstance(error, OSError) else None
+        return PreflightError(
+            f"{phase}: no space left on the disk of {place or tempfile.gettempdir()}; make room, "
+            "or let TMPDIR name a folder on another disk"
+        )
     ours = as_rank_error(error, str(phase))
     is_of_gpu = device_type == "cuda" and ("CUDA" in str(error) or "NCCL" in str(error))
     if is_of_gpu and (trouble := _gpu_trouble()):

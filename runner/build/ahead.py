@@ -6,7 +6,6 @@ What a process could not build is left out here: `Chooser` meets it again, and s
 
 import os
 import shutil
-import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from contextlib import ExitStack, suppress
@@ -68,7 +67,7 @@ def build_ahead(
                 crew.append(stack.enter_context(process))
         if not crew:
             return {}
-        desk = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="shardline-build-")))
+        desk = stack.enter_context(builder.desk("ahead"))
         progress = Progress(context.rank, len(builds), of="artefact")
         seconds: dict[str, float] = {}
         by_name = {backend.name: backend for backend in backends}

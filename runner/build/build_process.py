@@ -149,7 +149,7 @@ def build_ordered(
         started = time.monotonic()
         try:
             backends[order.backend].build(segment, program, folder)
-        except (PreflightError, UnsupportedSegmentError) as error:
+        except (PreflightError, UnsupportedSegmentError, OSError) as error:
             yield Answer(None, str(error))
         else:
             yield Answer(time.monotonic() - started)

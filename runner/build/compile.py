@@ -6,7 +6,6 @@ from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from parallel.context import ParallelContext
@@ -161,8 +160,8 @@ def _run(
     """Compare what was built with the uncompiled model, and keep what loading it has made."""
     backends = Backends(context.device)
     verdict = recipe.compare(context, builder, built, backends)
-    with TemporaryDirectory(prefix="shardline-caches-") as caches:
-        backends.write_caches(Path(caches))
-        keep_kernels(context.device, recipe.kernels, Path(caches))
-        builder.copy_caches(context.rank, Path(caches))
+    with builder.desk("caches") as caches:
+        backends.write_caches(caches)
+        keep_kernels(context.device, recipe.kernels, caches)
+        builder.copy_caches(context.rank, caches)
     return verdict

@@ -5,7 +5,6 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
@@ -89,9 +88,8 @@ class GraphRecipe:
         # A graph names devices, and those of a bundle are moved to whatever they run on.
         on_cpu = self.traced_on == "cpu"
         programs = self.programs if on_cpu else programs_to_compile(self.job, device="cpu")
-        with TemporaryDirectory(prefix="shardline-programs-") as name:
-            files = write_programs(programs, Path(name))
-            builder.copy_model_files(Path(name), files)
+        with builder.desk("programs") as desk:
+            builder.copy_model_files(desk, write_programs(programs, desk))
 
     def portable_config(self, device_type: str) -> dict[str, Any]:
         config: dict[str, Any] = self.job.config.model_dump()

@@ -9,7 +9,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import torch
 
@@ -107,8 +106,8 @@ def _build_missing(
         seconds[key] = time.monotonic() - started - sum(seconds.values())
         progress.finished(str(missing[key].work), how=backend.name)
 
-    with TemporaryDirectory(prefix="shardline-target-") as desk:
-        backend.build_all(_jobs(missing, Path(desk)), on_built=keep)
+    with builder.desk("target") as desk:
+        backend.build_all(_jobs(missing, desk), on_built=keep)
     return seconds
 
 

@@ -121,6 +121,19 @@ class BundleBuilder:
         finally:
             remove(aside)
 
+    @contextmanager
+    def desk(self, purpose: str) -> Iterator[Path]:
+        """An empty folder for what nobody needs when the body ends; if that is killed, the next
+        compile removes it.
+        """
+        folder = self.folder / layout.BUILDING / f"{purpose}.{os.getpid()}"
+        with writing(folder):
+            folder.mkdir(parents=True)
+        try:
+            yield folder
+        finally:
+            remove(folder)
+
     def artefact_folder(self, key: str) -> Path:
         """Where a finished artefact lies until the bundle is published."""
         return self.folder / layout.artefact_folder(key)

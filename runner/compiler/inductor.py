@@ -5,6 +5,7 @@ On a GPU the kernels lie inside the library. A library is native code: its hash 
 whoever opens the bundle, before `load`.
 """
 
+import errno
 import json
 import os
 import shutil
@@ -20,6 +21,7 @@ from typing import Any
 import torch
 
 from parallel.errors import IncompatibleError, PreflightError, UnsupportedSegmentError
+from parallel.faults import is_disk_full
 from runner.compiler.backend import Compiled
 from runner.compiler.counter import counted
 from runner.compiler.few_rows import OPTIONS as FEW_ROWS
@@ -87,13 +89,14 @@ class InductorBackend:
         """See `Backend`.
 
         Raises:
+            OSError: the disk is full.
             PreflightError: what the compiler makes on this host does not load.
         """
         self._raise_fault()
         from torch._inductor.utils import clear_caches  # seconds, which a run need not spend
 
         with (
-            tempfile.TemporaryDirectory() as work,
+            tempfile.TemporaryDirectory(dir=folder) as work,
             counted("inductor"),
             warnings.catch_warnings(),
             self._search(),
@@ -110,6 +113,9 @@ class InductorBackend:
                 clear_caches()
                 torch._inductor.aot_compile(program.module(), inputs, options=options)
             except Exception as error:
+                if is_disk_full(error):
+                    reason = os.strerror(errno.ENOSPC)
+                    raise OSError(errno.ENOSPC, reason, tempfile.gettempdir()) from error
                 raise UnsupportedSegmentError(
                     f"inductor cannot compile segment {segment.kind} ({_reason(error)}); use "
                     "compile.backend: eager or auto"

@@ -1,10 +1,12 @@
 """What an exception in the middle of a job is taken for."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
 from parallel.errors import DoesNotFitError, RankLostError, StalledError
-from parallel.faults import as_rank_error
+from parallel.faults import as_rank_error, is_disk_full
 
 
 def test_an_error_of_this_rank_names_what_it_was_doing() -> None:
@@ -54,3 +56,17 @@ def test_only_the_first_line_of_an_error_is_told() -> None:
     assert str(as_rank_error(error, "loading")) == (
         "RuntimeError while loading: NCCL error: unhandled"
     )
+
+
+def test_a_full_disk_is_known_through_whatever_came_of_it() -> None:
+    with (
+        pytest.raises(OSError, match="No space left") as caught,
+        Path("/dev/full").open("w") as full,
+    ):
+        full.write("x")
+    assert is_disk_full(caught.value)
+    wrapped = RuntimeError("cannot save")
+    wrapped.__cause__ = caught.value
+    assert is_disk_full(wrapped)
+    assert is_disk_full(RuntimeError("fatal error: /tmp/a.s: No space left on device"))
+    assert not is_disk_full(PermissionError(13, "Permission denied"))

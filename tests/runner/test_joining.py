@@ -1,5 +1,6 @@
 """What a rank on a GPU is confined to, where the GPU is a stand-in."""
 
+import errno
 import os
 from collections.abc import Iterator
 from threading import Event, Thread
@@ -9,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 
-from parallel.errors import RankLostError
+from parallel.errors import PreflightError, RankLostError
 from parallel.launch import RankEnv
 from runner import joining
 from runner.observe.nvml import Gpu
@@ -67,6 +68,14 @@ def test_a_job_that_ends_for_a_lost_gpu_says_so(
         raise RuntimeError(said)
     assert said in str(caught.value)
     assert ("GPU 1: GPU is lost; nvidia-smi --gpu-reset" in str(caught.value)) == told
+
+
+def test_a_full_disk_is_no_lost_rank_and_is_named() -> None:
+    job: Any = SimpleNamespace(device_type="cpu")
+    with pytest.raises(PreflightError) as caught, joining.as_rank(job, RankEnv(0, 1)):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), "/there/file")
+    assert "no space left on the disk of /there/file; make room" in str(caught.value)
+    assert "TMPDIR" in str(caught.value)
 
 
 def test_a_container_that_lost_its_gpus_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
