@@ -50,8 +50,8 @@ class CompileConfig(Section):
     means the powers of two."""
 
     enforce_eager: bool = False
-    """Whether GPUs run every step call by call; false means that decode steps, and all buckets of a
-    tensor model, are CUDA graphs.
+    """Whether GPUs run every step call by call; false means that decode steps, those with short
+    prompts, and all buckets of a tensor model, are CUDA graphs.
     """
 
     allow_tf32: bool = False
