@@ -1,7 +1,6 @@
 """What an exception in the middle of a job says: this rank is wrong, or another is."""
 
 import errno
-import os
 import re
 
 import torch
@@ -51,7 +50,5 @@ def is_disk_full(error: BaseException | None) -> bool:
     while error is not None:
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             return True
-        if os.strerror(errno.ENOSPC) in str(error):  # A compiler that was called said so.
-            return True
-        error = error.__cause__ or error.__context__
+        error = error.__cause__ or (None if error.__suppress_context__ else error.__context__)
     return False

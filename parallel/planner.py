@@ -203,8 +203,8 @@ class _Divider:
         MLP; and on the last stage the logits. Attention holds QKV, rotated Q and K, its output, the
         keys and values of the longest sequence for every query head, and a mask of one chunk of
         queries as bool and as numbers. The MLP holds gate, up, the activation and the product. The
-        sampler holds the logits, in float32, and six sorted columns of eight bytes. Graphs of steps
-        of all sizes, each half as large as the one before, hold the logits of five of the largest.
+        sampler holds the logits, twice where steps are captured, in float32, and six sorted columns
+        of eight bytes.
         """
         here = self.topology.coordinate(rank)
         tp_size = self.topology.tp_sizes[here.stage]
@@ -217,7 +217,7 @@ class _Divider:
         gathered = longest * 2 * (heads.num_kv + heads.num_query) * head_dim * item_bytes
         mask = min(tokens, MASK_ROWS) * longest * (1 + item_bytes)
         layer = max(projected + gathered + mask, tokens * 4 * (mlp[1] - mlp[0]) * item_bytes)
-        logit_bytes = item_bytes + 4 + 6 * 8 + 5 * item_bytes
+        logit_bytes = 2 * item_bytes + 4 + 6 * 8
         logits = self.limits.max_num_seqs * stage.padded_vocab * tp_size * logit_bytes
         return residual + layer + (logits if stage.has_head else 0)
 

@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from tempfile import mkdtemp
 from typing import TYPE_CHECKING, Any
 
 from parallel.errors import InternalError, PreflightError
@@ -126,9 +127,10 @@ class BundleBuilder:
         """An empty folder for what nobody needs when the body ends; if that is killed, the next
         compile removes it.
         """
-        folder = self.folder / layout.BUILDING / f"{purpose}.{os.getpid()}"
-        with writing(folder):
-            folder.mkdir(parents=True)
+        building = self.folder / layout.BUILDING
+        with writing(building):
+            building.mkdir(parents=True, exist_ok=True)
+            folder = Path(mkdtemp(prefix=f"{purpose}.", dir=building))
         try:
             yield folder
         finally:

@@ -115,7 +115,7 @@ def find_unreadable(path: Path) -> Path | None:
         return path
     except OSError:
         return None  # It is absent, or a link to nothing: another matter.
-    if not path.is_dir():
+    if path.is_symlink() or not path.is_dir():
         return None if os.access(path, os.R_OK) else path
     if not os.access(path, os.R_OK | os.X_OK):
         return path

@@ -113,9 +113,9 @@ class InductorBackend:
                 clear_caches()
                 torch._inductor.aot_compile(program.module(), inputs, options=options)
             except Exception as error:
-                if is_disk_full(error):
-                    reason = os.strerror(errno.ENOSPC)
-                    raise OSError(errno.ENOSPC, reason, tempfile.gettempdir()) from error
+                full = os.strerror(errno.ENOSPC)  # as a compiler that was called says it, too
+                if is_disk_full(error) or full in str(error):
+                    raise OSError(errno.ENOSPC, full, _fullest(folder)) from error
                 raise UnsupportedSegmentError(
                     f"inductor cannot compile segment {segment.kind} ({_reason(error)}); use "
                     "compile.backend: eager or auto"
@@ -197,6 +197,11 @@ class InductorBackend:
         first = segment.activations[0]
         is_vector = len(first.shape) == 2 and first.dtype.is_floating_point
         return {**_ON_GPU, **_ONE_ROW, **(_VECTOR if is_vector else {})}
+
+
+def _fullest(folder: Path) -> str:
+    """Of the folders that it writes to, that of the disk with the least space."""
+    return min(str(folder), tempfile.gettempdir(), key=lambda name: shutil.disk_usage(name).free)
 
 
 def _reason(error: Exception) -> str:

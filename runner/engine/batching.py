@@ -28,7 +28,7 @@ class Padding:
         scratch_block: the KV block that padding writes to and no sequence reads.
         captured: for each kind of step the most rows of one that is captured, a bucket or 0; its
             sequences are padded, too.
-        most_seqs: sequences of a captured step at most.
+        most_seqs: real sequences of a captured step at most.
     """
 
     buckets: tuple[int, ...]

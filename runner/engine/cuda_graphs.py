@@ -68,12 +68,14 @@ class StepGraphs:
         self._pool = torch.cuda.graph_pool_handle()
         self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
         self._graphs: dict[tuple[Captured, int], _Graph] = {}
+        self._outputs: tuple[torch.Tensor, ...] = ()
 
     def close(self) -> None:
         """Let go of all that was captured."""
         for graph in self._graphs.values():
             graph.graph.reset()
         self._graphs.clear()
+        self._outputs = ()
 
     def capture(
         self,
@@ -85,7 +87,8 @@ class StepGraphs:
         slot: int,
         longest: int,
     ) -> None:
-        """Record a step in which nothing is real; all ranks of a stage must do so together.
+        """Record a step in which nothing is real, the largest first: what all graphs write is as
+        large as what that one does. All ranks of a stage must do so together.
 
         Args:
             num_seqs: with as many samples.
@@ -115,14 +118,18 @@ class StepGraphs:
         self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             for _ in range(_WARM_UPS):
-                forward(batch)
+                made = forward(batch)
+            self._outputs = self._outputs or tuple(map(torch.empty_like, made))
         torch.cuda.synchronize(self._device)
+        outputs = tuple(kept[: len(new)] for kept, new in zip(self._outputs, made, strict=True))
+        del made
         graph = torch.cuda.CUDAGraph()
         # Other threads, such as NCCL's watchdog, may go on calling CUDA meanwhile.
         with torch.cuda.graph(
             graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local"
         ):
-            outputs = forward(batch)
+            for kept, new in zip(outputs, forward(batch), strict=True):
+                kept.copy_(new)
         self._graphs[kind, num_rows] = _Graph(graph, longs_in, ints_in, tables_in, outputs)
 
     def run(self, inputs: StepInputs) -> tuple[torch.Tensor, ...]:

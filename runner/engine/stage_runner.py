@@ -115,7 +115,7 @@ class StageRunner:
         most: dict[Captured, int] = {
             "decode": self.padding.bucket(min(max_num_seqs, self.buckets[-1]))
         }
-        if captures_prompts(self.stage.attend):
+        if minimum(captures_prompts(self.stage.attend), self.context.setup):
             most["mixed"] = max((b for b in self.buckets if b <= mixed_rows), default=0)
         padding = replace(self.padding, captured=most, most_seqs=max_num_seqs)
         width = -(-max_model_len // self.block_size)

@@ -21,7 +21,7 @@ _STEP_S = 1e-3
 """What it takes for any step, while the device waits."""
 
 _MOST_CAPTURED = 1024
-"""Rows from which on attention by cuDNN, which no graph holds, is worth more than a graph."""
+"""Rows up to which a graph is worth more than attention by cuDNN, which none holds."""
 
 _FLOP_PER_S = {"cuda": 7e14, "cpu": 1e12}
 """What devices reach in half precision, roughly; to cut steps pays more on one that is slower."""

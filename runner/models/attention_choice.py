@@ -158,7 +158,7 @@ def is_capturable(attend: Attention, block_size: int) -> bool:
 
 
 def captures_prompts(attend: Attention) -> bool:
-    """Whether a step with prompts in it can be a CUDA graph; the same on all ranks."""
+    """Whether a step with prompts in it can be a CUDA graph."""
     return isinstance(attend, StepAttention) and attend.mixed is not None
 
 

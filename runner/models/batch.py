@@ -29,8 +29,8 @@ class Batch:
         query_lens: tokens of each sequence in this step; known on the host.
         kv_lens: as `kv_lengths`; in a captured step the longest that a sequence may become.
         logits_rows: (num_samples,) int64, the tokens whose logits are wanted.
-        is_mixed: a captured step in which sequences have any numbers of tokens, those that have one
-            first: only the device knows them, and `query_lens` is empty.
+        is_mixed: a captured step in which sequences have any numbers of tokens; only the device
+            knows them, and `query_lens` is empty.
     """
 
     token_ids: torch.Tensor

@@ -36,8 +36,8 @@ def decode_kernel(
     keys,  # (num_blocks * BLOCK_SIZE, NUM_KV, HEAD_DIM), written at `slots`
     values,  # as keys
     out,  # (num_tokens, num_query, HEAD_DIM), contiguous
-    partial_out,  # (num_tokens, num_query, num_splits, BLOCK_D) float32: outputs of the splits
-    partial_lse,  # (num_tokens, num_query, num_splits) float32: log2 of their softmax sums
+    partial_out,  # (rows, num_query, num_splits, BLOCK_D) float32: outputs of the splits
+    partial_lse,  # (rows, num_query, num_splits) float32: log2 of their softmax sums
     finished,  # (num_tokens * NUM_KV,) int32: splits that are done; zero before and after
     slots,  # (num_tokens,) int64
     block_tables,  # (num_seqs, max_blocks) int32

@@ -62,14 +62,14 @@ def count_splits(programs: int, tiles: int, wanted: int) -> int:
 class TritonDecodeAttention:
     """Steps in which every sequence has exactly one token; a launch a layer, fit for a CUDA graph.
 
-    Attributes:
-        groups: (num_kv, a power of two) int32, the query heads of each KV head, then -1.
-        largest_group: query heads of a KV head at most.
-
     All sizes of a launch follow from the host's numbers in the `Batch` (`kv_lens` only bounds the
     number of splits); the lengths that count are read on the device. Rows behind the last sequence,
     and sequences of length 0, get zeros. Splits are joined by counters that all calls share: calls
-    of one object must be on one stream.
+    of one object must be on one stream. Its part of a mixed step is another matter; see `launch`.
+
+    Attributes:
+        groups: (num_kv, a power of two) int32, the query heads of each KV head, then -1.
+        largest_group: query heads of a KV head at most.
     """
 
     def __init__(

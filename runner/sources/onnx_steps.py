@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from runner.sources.onnx_branches import operand_names
+from runner.sources.onnx_branches import operand_names, subgraphs
 from runner.sources.onnx_install import import_onnx
 from runner.sources.onnx_library import LibraryOperator
 from runner.sources.onnx_operator import Converter, Operand, UnsupportedError
@@ -78,7 +78,7 @@ class HostStep(Step):
 
     def __init__(self, name: str, node: "onnx.NodeProto", opsets: Mapping[str, int]) -> None:
         super().__init__(name, node)
-        if node.op_type == "Loop" and not node.input[1]:
+        if _lacks_condition(node):
             # The reference takes it for false, and loops never.
             raise UnsupportedError("a condition that is left out")
         onnx = import_onnx()
@@ -98,6 +98,12 @@ class HostStep(Step):
     def forward(self, *operands: Operand) -> list[np.ndarray]:
         given = {name: x for name, x in zip(self.inputs, operands, strict=True) if name}
         return [np.asarray(value) for value in self._evaluator.run(None, given)]
+
+
+def _lacks_condition(node: "onnx.NodeProto") -> bool:
+    """Whether it, or one inside it, is a Loop without."""
+    inner = (one for graph in subgraphs(node) for one in graph.node)
+    return (node.op_type == "Loop" and not node.input[1]) or any(map(_lacks_condition, inner))
 
 
 class ShapeStep(Step):

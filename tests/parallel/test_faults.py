@@ -68,5 +68,9 @@ def test_a_full_disk_is_known_through_whatever_came_of_it() -> None:
     wrapped = RuntimeError("cannot save")
     wrapped.__cause__ = caught.value
     assert is_disk_full(wrapped)
-    assert is_disk_full(RuntimeError("fatal error: /tmp/a.s: No space left on device"))
+    wrapped.__cause__, wrapped.__context__ = None, caught.value
+    assert not is_disk_full(wrapped)  # It says that it did not come of that.
     assert not is_disk_full(PermissionError(13, "Permission denied"))
+    # Shared memory is no disk.
+    nccl = "Error while creating shared memory segment /dev/shm/nccl-1: No space left on device"
+    assert not is_disk_full(RuntimeError(nccl))

@@ -344,8 +344,27 @@ def test_a_loop_reads_the_outer_graph_s_constants(tmp_path):
 
 
 def test_a_loop_without_a_condition_is_refused(tmp_path):
-    with pytest.raises(ConfigError, match=r"ai\.onnx\.Loop with a condition that is left out"):
-        open_onnx(loop(tmp_path / "m.onnx", ""))
+    path = loop(tmp_path / "m.onnx", "")
+    refusal = r"with a condition that is left out"
+    with pytest.raises(ConfigError, match=rf"ai\.onnx\.Loop {refusal}"):
+        open_onnx(path)
+    # Inside another one, too.
+    inner = next(n for n in onnx.load(path).graph.node if n.op_type == "Loop")
+    body = branch([inner, node("Identity", ["c"], ["d"])], ["d", "r"])
+    body.input.extend(
+        onnx.helper.make_tensor_value_info(*entry)
+        for entry in (("i", INT64, []), ("c", BOOL, []), ("v", FLOAT, [2]))
+    )
+    nodes = [
+        node("Loop", ["three", "go", "start"], ["q"], body=body),
+        node("Add", ["x", "q"], ["y"]),
+    ]
+    model = onnx.load(path)
+    del model.graph.node[:]
+    model.graph.node.extend(nodes)
+    onnx.save(model, path)
+    with pytest.raises(ConfigError, match=refusal):
+        open_onnx(path)
 
 
 def test_operators_that_need_torchvision_are_named_where_it_is_missing(tmp_path):
