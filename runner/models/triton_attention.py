@@ -100,9 +100,7 @@ class TritonDecodeAttention:
             dtype=torch.int32,
             device=device,
         )
-        block_d = max(_PRODUCT_ROWS, triton.next_power_of_2(head_dim))
-        block_n = self._tuning.tile_bytes // (block_d * dtype.itemsize)
-        self._block_n = min(128, max(_PRODUCT_ROWS, triton.next_power_of_2(block_n)))
+        block_d, self._block_n = _tile(head_dim, dtype, self._tuning.tile_bytes)
         self._wanted = self._tuning.programs_per_processor * _num_processors(device)
         self._programs = max(1, self._wanted // heads.num_kv)
         # A step of more rows than this has enough programs without splits, and counts nothing.
@@ -178,10 +176,7 @@ class TritonDecodeAttention:
             self.groups,
             num_seqs,
             self._programs,
-            batch.block_tables.stride(0),
-            _EVERYTHING if window is None else window,
-            scale * _LOG2_E,
-            *(stride for x in (q, k, v, keys) for stride in x.stride()[:2]),
+            *_layout(batch, q, k, v, keys, scale=scale, window=window),
             IS_MIXED=batch.is_mixed,
             **self._constants,
         )
@@ -235,8 +230,7 @@ class TritonMixedAttention:
         self._decode = decode
         tuning = tuning or ChunkTuning()
         group = triton.next_power_of_2(decode.largest_group)
-        block_d = max(_PRODUCT_ROWS, triton.next_power_of_2(head_dim))
-        block_n = tuning.tile_bytes // (block_d * dtype.itemsize)
+        block_d, block_n = _tile(head_dim, dtype, tuning.tile_bytes)
         self._num_kv = heads.num_kv
         self._block_q = max(1, tuning.product_rows // group)
         self._constants = {
@@ -244,7 +238,7 @@ class TritonMixedAttention:
             "HEAD_DIM": head_dim,
             "BLOCK_D": block_d,
             "BLOCK_SIZE": block_size,
-            "BLOCK_N": min(128, max(_PRODUCT_ROWS, triton.next_power_of_2(block_n))),
+            "BLOCK_N": block_n,
             "BLOCK_Q": self._block_q,
             "GROUP": group,
             "GROUP_STRIDE": decode.groups.shape[1],
@@ -283,13 +277,30 @@ class TritonMixedAttention:
             self._decode.groups,
             num_rows,
             num_seqs,
-            batch.block_tables.stride(0),
-            _EVERYTHING if window is None else window,
-            scale * _LOG2_E,
-            *(stride for x in (q, k, v, keys) for stride in x.stride()[:2]),
+            *_layout(batch, q, k, v, keys, scale=scale, window=window),
             **self._constants,
         )
         return out.flatten(1)
+
+
+def _tile(head_dim: int, dtype: torch.dtype, tile_bytes: int) -> tuple[int, int]:
+    """Numbers of a head up to a power of two, and tokens of a tile of keys."""
+    block_d = max(_PRODUCT_ROWS, triton.next_power_of_2(head_dim))
+    block_n = triton.next_power_of_2(tile_bytes // (block_d * dtype.itemsize))
+    return block_d, min(128, max(_PRODUCT_ROWS, block_n))
+
+
+def _layout(
+    batch: Batch, *tensors: torch.Tensor, scale: float, window: int | None
+) -> Iterator[float]:
+    """What both kernels take last: stride of the tables, window, scale, and the strides of rows and
+    heads of each tensor.
+    """
+    yield batch.block_tables.stride(0)
+    yield _EVERYTHING if window is None else window
+    yield scale * _LOG2_E
+    for x in tensors:
+        yield from x.stride()[:2]
 
 
 def _with_rows_whole(*tensors: torch.Tensor) -> Iterator[torch.Tensor]:

@@ -314,13 +314,19 @@ def test_an_if_that_is_decided_at_run_time_is_refused_with_a_way_out(tmp_path):
             open_onnx(path)
 
 
-def loop(path, condition):
-    """A file with a Loop of three rounds, each of which adds [1, 2] of the graph around it."""
-    body = branch([node("Add", ["v", "w"], ["s"]), node("Identity", ["c"], ["d"])], ["d", "s"])
+def loop_body(step, output):
+    """Of a Loop that goes on as long as it was told to, and carries what `step` makes of v."""
+    body = branch([step, node("Identity", ["c"], ["d"])], ["d", output])
     body.input.extend(
         onnx.helper.make_tensor_value_info(*entry)
         for entry in (("i", INT64, []), ("c", BOOL, []), ("v", FLOAT, [2]))
     )
+    return body
+
+
+def loop(path, condition):
+    """A file with a Loop of three rounds, each of which adds [1, 2] of the graph around it."""
+    body = loop_body(node("Add", ["v", "w"], ["s"]), "s")
     inputs = ["three", condition, "start"]
     return write(
         path,
@@ -350,11 +356,7 @@ def test_a_loop_without_a_condition_is_refused(tmp_path):
         open_onnx(path)
     # Inside another one, too.
     inner = next(n for n in onnx.load(path).graph.node if n.op_type == "Loop")
-    body = branch([inner, node("Identity", ["c"], ["d"])], ["d", "r"])
-    body.input.extend(
-        onnx.helper.make_tensor_value_info(*entry)
-        for entry in (("i", INT64, []), ("c", BOOL, []), ("v", FLOAT, [2]))
-    )
+    body = loop_body(inner, "r")
     nodes = [
         node("Loop", ["three", "go", "start"], ["q"], body=body),
         node("Add", ["x", "q"], ["y"]),
